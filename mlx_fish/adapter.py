@@ -1,0 +1,239 @@
+"""The PEFT LoRA adapter: which layers it sits on, how it starts, and how it lies on disk.
+
+LoRA: arXiv 2106.09685. y = W x + scale * B (A x), with A (r, in) and B (out, r). The file format is PEFT's:
+`base_model.model.<module>.lora_A.weight` and `.lora_B.weight` in float32, beside `adapter_config.json`.
+"""
+
+import math
+import re
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_fish.errors import FishError, did_you_mean
+from mlx_fish.files import read_json, write_json
+from mlx_fish.tensors import Float32, Weights, read_header, write_safetensors
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+_PREFIX = "base_model.model."
+
+Arrays = dict[str, Float32]
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """The shape of an adapter.
+
+    Attributes:
+        layers: module path -> (out, in), the layers adapted, in model order.
+        ranks: module path -> r.
+        scales: module path -> the factor on B A (alpha / r).
+        dropout: the share of LoRA's input that is zeroed in training.
+    """
+
+    layers: dict[str, tuple[int, int]]
+    ranks: dict[str, int]
+    scales: dict[str, float]
+    dropout: float = 0.0
+
+    @classmethod
+    def uniform(cls, layers: dict[str, tuple[int, int]], *, rank: int, alpha: float, dropout: float = 0.0) -> "LoraSpec":
+        return cls(layers, dict.fromkeys(layers, rank), dict.fromkeys(layers, alpha / rank), dropout)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(self.ranks[name] * (out + inner) for name, (out, inner) in self.layers.items())
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter read from disk. `arrays` has PEFT's keys; `config` is adapter_config.json as found."""
+
+    path: Path
+    spec: LoraSpec
+    arrays: Arrays
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def base(self) -> str | None:
+        return self.config.get("base_model_name_or_path")
+
+
+def key_a(module: str) -> str:
+    return f"{_PREFIX}{module}.lora_A.weight"
+
+
+def key_b(module: str) -> str:
+    return f"{_PREFIX}{module}.lora_B.weight"
+
+
+def choose_layers(
+    linear_layers: dict[str, tuple[int, int]], *, target: str = "all", num_layers: int | None = None
+) -> dict[str, tuple[int, int]]:
+    """The layers to adapt.
+
+    Args:
+        linear_layers: every linear layer of every block (`ModelFolder.linear_layers`).
+        target: `all`, or names such as `q_proj,v_proj`.
+        num_layers: adapt only the last so many blocks.
+    """
+    known = sorted({module.rsplit(".", 1)[-1] for module in linear_layers})
+    wanted = [name.strip() for name in target.split(",") if name.strip()]
+    for name in wanted:
+        if name not in (*known, "all"):
+            hint = did_you_mean(name, [*known, "all"])
+            raise FishError(f"--lora-target {name}: the model's linear layers are {', '.join(known)}, or all.{hint}")
+    if not wanted:
+        raise FishError(f"--lora-target is empty; name some of {', '.join(known)}, or all.")
+    num_blocks = 1 + max(block_of(module) for module in linear_layers)
+    if num_layers is not None and not 1 <= num_layers <= num_blocks:
+        raise FishError(f"--num-layers {num_layers}: the model has {num_blocks} layers; give 1 to {num_blocks}.")
+    first = num_blocks - num_layers if num_layers else 0
+    return {
+        module: shape
+        for module, shape in linear_layers.items()
+        if block_of(module) >= first and ("all" in wanted or module.rsplit(".", 1)[-1] in wanted)
+    }
+
+
+def block_of(module: str) -> int:
+    """`model.layers.7.mlp.up_proj` -> 7."""
+    return int(module.split(".layers.", 1)[1].split(".", 1)[0])
+
+
+def initial_arrays(spec: LoraSpec, seed: int) -> Arrays:
+    """A ~ U(-1/sqrt(in), 1/sqrt(in)), as MLX and PEFT both draw it, and B = 0: step 0 computes the base model.
+
+    Each layer draws from a generator of its own, keyed by (seed, name), so that a start does not depend on
+    which other layers are adapted, nor on the backend.
+    """
+    arrays: Arrays = {}
+    for module, (out, inner) in spec.layers.items():
+        generator = np.random.default_rng([seed, zlib.crc32(module.encode())])
+        bound = 1.0 / math.sqrt(inner)
+        arrays[key_a(module)] = generator.uniform(-bound, bound, (spec.ranks[module], inner)).astype(np.float32)
+        arrays[key_b(module)] = np.zeros((out, spec.ranks[module]), np.float32)
+    return arrays
+
+
+def delta(adapter: Adapter, module: str) -> Float32:
+    """scale * B A, (out, in), float32: what merging adds to the layer's weight."""
+    scale = np.float32(adapter.spec.scales[module])
+    return scale * (adapter.arrays[key_b(module)] @ adapter.arrays[key_a(module)])
+
+
+def save_adapter(folder: Path, arrays: Arrays, config: dict[str, Any]) -> None:
+    """Write the PEFT pair, each file whole or not at all.
+
+    Raises:
+        FishError: a tensor is not finite; such an adapter is worth nothing, and is never written.
+    """
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise FishError(f"{name} is not finite; nothing was written to {folder}.")
+    write_json(folder / CONFIG_FILE, config)
+    write_safetensors(folder / WEIGHTS_FILE, arrays, {"format": "pt"})
+
+
+def peft_config(spec: LoraSpec, *, rank: int, alpha: float, num_blocks: int, base: str, revision: str | None) -> dict[str, Any]:
+    """adapter_config.json as PEFT 0.21 reads it.
+
+    `layers_to_transform` is written only when some blocks are left out, since not every reader knows it.
+    """
+    blocks = sorted({block_of(module) for module in spec.layers})
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "revision": revision,
+        "r": rank,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,  # Ollama reads an unsigned integer
+        "lora_dropout": spec.dropout,
+        "target_modules": sorted({module.rsplit(".", 1)[-1] for module in spec.layers}),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+    if len(blocks) < num_blocks:
+        config["layers_to_transform"] = blocks
+        config["layers_pattern"] = "layers"
+    return config
+
+
+def load_adapter(folder: Path) -> Adapter:
+    """Read a PEFT LoRA adapter, of ours or of another trainer's.
+
+    Raises:
+        FishError: not an adapter folder, or one that asks for what mlx-fish does not compute (named).
+    """
+    if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
+        raise FishError(
+            f"{folder} is not a trained adapter: {CONFIG_FILE} and {WEIGHTS_FILE} were expected; "
+            "run `mlx-fish train` first, or name another folder with --adapter."
+        )
+    config = read_json(folder / CONFIG_FILE)
+    _refuse_unknown(folder, config)
+    infos, _ = read_header(folder / WEIGHTS_FILE)
+    weights = Weights(infos)
+    arrays = {name: weights.read(name) for name in weights}
+    layers: dict[str, tuple[int, int]] = {}
+    ranks: dict[str, int] = {}
+    scales: dict[str, float] = {}
+    for name, array in arrays.items():
+        match = re.fullmatch(rf"{re.escape(_PREFIX)}(model\.layers\.\d+\.[\w.]+)\.lora_([AB])\.weight", name)
+        if match is None:
+            raise FishError(f"{folder / WEIGHTS_FILE} holds {name}, which is not LoRA on a layer of a block.")
+        if match[2] == "B":
+            continue
+        module = match[1]
+        b = arrays.get(key_b(module))
+        if b is None or array.ndim != 2 or b.ndim != 2 or b.shape[1] != array.shape[0]:
+            raise FishError(f"{folder / WEIGHTS_FILE}: A and B of {module} do not fit each other.")
+        layers[module] = (b.shape[0], array.shape[1])
+        ranks[module] = array.shape[0]
+        scales[module] = _scale(config, module, array.shape[0])
+    if 2 * len(layers) != len(arrays):
+        raise FishError(f"{folder / WEIGHTS_FILE} has a lora_B without its lora_A; the file is incomplete.")
+    if not layers:
+        raise FishError(f"{folder / WEIGHTS_FILE} holds no LoRA tensors.")
+    order = sorted(layers, key=lambda module: (block_of(module), module))
+    spec = LoraSpec({module: layers[module] for module in order}, ranks, scales, float(config.get("lora_dropout") or 0))
+    return Adapter(folder, spec, arrays, config)
+
+
+def check_fits(adapter: Adapter, linear_layers: dict[str, tuple[int, int]], model: str) -> None:
+    """Every adapted layer exists in the model, in the adapter's shape."""
+    for module, shape in adapter.spec.layers.items():
+        if linear_layers.get(module) != shape:
+            found = linear_layers.get(module)
+            has = f"has shape {found} there" if found else "does not exist there"
+            raise FishError(
+                f"the adapter {adapter.path} (trained on {adapter.base}) does not fit the model {model}: "
+                f"{module} needs shape {shape} and {has}."
+            )
+
+
+def _scale(config: dict[str, Any], module: str, rank: int) -> float:
+    alpha = float(config.get("lora_alpha", 8))
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):  # PEFT's matching rule
+            alpha = float(value)
+            break
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _refuse_unknown(folder: Path, config: dict[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise FishError(f"{folder} holds a {config.get('peft_type')} adapter; LORA was expected.")
+    unsupported = [name for name in ("use_dora", "modules_to_save", "trainable_token_indices", "fan_in_fan_out") if config.get(name)]
+    if config.get("bias", "none") != "none":
+        unsupported.append("bias")
+    if unsupported:
+        raise FishError(f"{folder / CONFIG_FILE} uses {', '.join(unsupported)}, which mlx-fish does not compute; plain LoRA was expected.")

@@ -1,0 +1,104 @@
+"""The MLX backend: Metal on Apple silicon, the same code on a CPU."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import mlx_fish.backends.mlx.runtime as runtime  # isort: skip
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from mlx_fish.adapter import Arrays, LoraSpec
+from mlx_fish.backends import Sampling, StepResult
+from mlx_fish.backends.mlx.generate import generate, generate_batch
+from mlx_fish.backends.mlx.lora import LoraLayers
+from mlx_fish.backends.mlx.loss import Head, token_losses
+from mlx_fish.backends.mlx.model import load_model
+from mlx_fish.backends.mlx.step import State, Step
+from mlx_fish.batches import Batch
+from mlx_fish.model_folder import ModelFolder
+
+__all__ = ["Head", "MlxBackend", "runtime", "token_losses"]
+
+CACHE_BYTES = 1 << 30  # freed buffers kept for reuse: enough for a step, without holding what other programs need
+
+
+class MlxBackend:
+    """A base model in MLX, with at most one adapter on it. See `mlx_fish.backends.Backend`."""
+
+    name = "mlx"
+
+    def __init__(self, folder: ModelFolder, notice: Callable[[str], None] = lambda text: None):
+        self.device = "Metal" if runtime.on_gpu and mx.metal.is_available() else "gpu" if runtime.on_gpu else "cpu"
+        mx.set_cache_limit(CACHE_BYTES)
+        self.model, dtype = load_model(folder, notice)
+        self.dtype = str(dtype).removeprefix("mlx.core.")
+        self._activations = dtype
+        self._layers: LoraLayers | None = None
+        self._step: Step | None = None
+        self._state: State | None = None
+        self._enabled = True
+
+    def attach(self, spec: LoraSpec, arrays: Arrays) -> None:
+        if self._layers is not None:
+            self._layers.remove(self.model)
+        self._layers = LoraLayers(self.model, spec, self._activations)
+        self._step = Step(self.model, self._layers)
+        flat = self._layers.flatten(arrays)
+        self._state = State(flat, mx.zeros_like(flat), mx.zeros_like(flat))
+        mx.eval(self._state.flat, self._state.first, self._state.second)
+        self._enabled = True
+
+    def use_adapter(self, enabled: bool) -> None:
+        self._enabled = enabled
+
+    def step(self, batches: Sequence[Batch], learning_rate: float, dropout_seeds: Sequence[int]) -> Callable[[], StepResult]:
+        assert self._step is not None and self._state is not None, "attach an adapter first"
+        return self._step(self._state, batches, learning_rate, dropout_seeds)
+
+    def evaluate(self, batch: Batch) -> float:
+        self._bind()
+        step = self._step or Step(self.model, LoraLayers(self.model, LoraSpec({}, {}, {}), self._activations))
+        return step.evaluate(batch)
+
+    def logits(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        self._bind()
+        return np.array(self.model(mx.array(ids)[None])[0].astype(mx.float32))
+
+    def adapter_arrays(self) -> Arrays:
+        assert self._layers is not None and self._state is not None, "attach an adapter first"
+        return self._layers.unflatten(self._state.flat)
+
+    def optimizer_arrays(self) -> Arrays:
+        assert self._layers is not None and self._state is not None, "attach an adapter first"
+        first, second = self._layers.unflatten(self._state.first), self._layers.unflatten(self._state.second)
+        return {f"m.{key}": array for key, array in first.items()} | {f"v.{key}": array for key, array in second.items()}
+
+    def restore_optimizer(self, arrays: Arrays, step: int) -> None:
+        assert self._layers is not None and self._state is not None, "attach an adapter first"
+        for field, prefix in (("first", "m."), ("second", "v.")):
+            named = {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
+            setattr(self._state, field, self._layers.flatten(named))
+        self._state.step = step
+
+    def generate(self, prompt: Sequence[int], sampling: Sampling, end_ids: Sequence[int]) -> Iterator[int]:
+        self._bind()
+        return generate(self.model, prompt, sampling, end_ids)
+
+    def generate_batch(self, prompts: Sequence[Sequence[int]], sampling: Sampling, end_ids: Sequence[int]) -> list[list[int]]:
+        self._bind()
+        return generate_batch(self.model, prompts, sampling, end_ids)
+
+    def peak_memory(self) -> int:
+        return int(mx.get_peak_memory())
+
+    def reset_peak_memory(self) -> None:
+        mx.reset_peak_memory()
+
+    def _bind(self) -> None:
+        """Let the layers compute with the present adapter, or without one."""
+        if self._layers is None or self._state is None:
+            return
+        if self._enabled:
+            self._layers.bind(self._layers.split(self._state.flat))
+        else:
+            self._layers.unbind()

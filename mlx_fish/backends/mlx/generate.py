@@ -1,0 +1,93 @@
+"""Next tokens from an mlx-lm model, chosen as transformers chooses them, with a random key of our own."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import mlx_fish.backends.mlx.runtime  # noqa: F401  isort: skip
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import BatchGenerator, generate_step
+from mlx_lm.sample_utils import make_repetition_penalty
+
+from mlx_fish.backends import Sampling
+
+Sampler = Callable[[mx.array], mx.array]
+Processor = Callable[[mx.array, mx.array], mx.array]
+_WHOLE_CONTEXT = 1 << 30  # mlx-lm penalises the last 20 tokens unless told; transformers the prompt and all that follows
+
+
+def make_sampler(sampling: Sampling, *, row: int = 0) -> Sampler:
+    """(1, V) log-probabilities -> (1,) ids. Row `row` of a batch draws the same numbers whoever shares its batch."""
+    if sampling.temperature == 0:
+        return lambda logprobs: mx.argmax(logprobs, axis=-1)
+    key = mx.random.key(sampling.seed)
+    for _ in range(row):
+        key, _ = mx.random.split(key)
+    drawn = 0
+
+    def sample(logprobs: mx.array) -> mx.array:
+        nonlocal drawn
+        drawn += 1
+        scores = keep_top_p(keep_top_k(logprobs.astype(mx.float32) / sampling.temperature, sampling.top_k), sampling.top_p)
+        # Row and token number are folded into one key: no generator is shared with anything else.
+        return mx.random.categorical(scores, key=mx.random.split(key, drawn + 1)[drawn])
+
+    return sample
+
+
+def keep_top_k(scores: mx.array, top_k: int) -> mx.array:
+    """Set all but the k best to -inf (0: keep all)."""
+    if top_k <= 0 or top_k >= scores.shape[-1]:
+        return scores
+    kth = mx.min(mx.topk(scores, top_k, axis=-1), axis=-1, keepdims=True)
+    return mx.where(scores < kth, -mx.inf, scores)
+
+
+def keep_top_p(scores: mx.array, top_p: float) -> mx.array:
+    """Keep the smallest set of best tokens whose probabilities reach top_p, the best one always (1: keep all)."""
+    if top_p >= 1:
+        return scores
+    order = mx.argsort(scores, axis=-1)
+    ascending = mx.cumsum(mx.softmax(mx.take_along_axis(scores, order, axis=-1), axis=-1), axis=-1)
+    drop = ascending <= 1 - top_p
+    drop[..., -1] = False
+    ranks = mx.argsort(order, axis=-1)
+    return mx.where(mx.take_along_axis(drop, ranks, axis=-1), -mx.inf, scores)
+
+
+def _processors(sampling: Sampling) -> list[Processor]:
+    if sampling.repetition_penalty == 1.0:
+        return []
+    return [make_repetition_penalty(sampling.repetition_penalty, context_size=_WHOLE_CONTEXT)]
+
+
+def generate(model: nn.Module, prompt: Sequence[int], sampling: Sampling, end_ids: Sequence[int]) -> Iterator[int]:
+    """Yield the ids of one answer, end id left out."""
+    steps = generate_step(
+        mx.array(list(prompt)),
+        model,
+        max_tokens=sampling.max_tokens,
+        sampler=make_sampler(sampling),
+        logits_processors=_processors(sampling),
+    )
+    for token, _ in steps:
+        if int(token) in end_ids:
+            return
+        yield int(token)
+
+
+def generate_batch(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, end_ids: Sequence[int]) -> list[list[int]]:
+    """Answer every prompt, many at a time; a row that ends makes room for the next."""
+    generator = BatchGenerator(model, stop_tokens=[[end] for end in end_ids])
+    uids = generator.insert(
+        [list(prompt) for prompt in prompts],
+        [sampling.max_tokens] * len(prompts),
+        samplers=[make_sampler(sampling, row=row) for row in range(len(prompts))],
+        logits_processors=[_processors(sampling) for _ in prompts],
+    )
+    answers: dict[int, list[int]] = {uid: [] for uid in uids}
+    while responses := generator.next_generated():
+        for response in responses:
+            if response.finish_reason != "stop":
+                answers[response.uid].append(int(response.token))
+    generator.close()
+    return [answers[uid] for uid in uids]

@@ -1,0 +1,124 @@
+"""Cross-entropy over a large vocabulary in one pass, with its gradient ready when the forward ends.
+
+For N hidden rows h and the head W (V, D), a loop over chunks of the vocabulary keeps, for each row, the running maximum m, the
+sum s = sum_v exp(l_v - m) and R = sum_v exp(l_v - m) W_v, rescaled when m grows (the online softmax of arXiv 1805.02867). Then
+
+    loss  = m + log s - l_target          dloss/dh = R / s - W_target
+
+No (N, V) array ever exists and nothing is recomputed in the backward pass: the head is frozen under LoRA, so R is all that the
+backward needs, at the cost of the plain head's products.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx_fish.backends.mlx.runtime  # noqa: F401  isort: skip
+import mlx.core as mx
+import mlx.nn as nn
+
+CHUNK_BYTES = 32 << 20  # of float32 logits held at a time
+MIN_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output layer, dense or quantised, tied or not: `weight` is (V, D), or packed with `scales` and `biases`."""
+
+    weight: mx.array
+    scales: mx.array | None = None
+    biases: mx.array | None = None
+    group_size: int = 64
+    bits: int = 4
+    mode: str = "affine"
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Head":
+        """The head of an mlx-lm model; a tied one is the embedding itself."""
+        layer = model.lm_head if "lm_head" in model else model.model.embed_tokens
+        if "scales" not in layer:
+            return cls(layer.weight)
+        return cls(layer.weight, layer.scales, layer.get("biases"), layer.group_size, layer.bits, layer.mode)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.weight.shape[0])
+
+    def logits(self, hidden: mx.array, start: int, stop: int) -> mx.array:
+        """(N, D) -> (N, stop - start) float32."""
+        return self._product(hidden, start, stop, transpose=True).astype(mx.float32)
+
+    def weighted_rows(self, factors: mx.array, start: int, stop: int, dtype: mx.Dtype) -> mx.array:
+        """sum_v factors[:, v] W_v over the chunk: (N, stop - start) -> (N, D) float32."""
+        return self._product(factors.astype(dtype), start, stop, transpose=False).astype(mx.float32)
+
+    def rows(self, targets: mx.array) -> mx.array:
+        """W[targets]: (N,) -> (N, D) float32."""
+        if self.scales is None:
+            return self.weight[targets].astype(mx.float32)
+        biases = None if self.biases is None else self.biases[targets]
+        rows = mx.dequantize(
+            self.weight[targets], self.scales[targets], biases, group_size=self.group_size, bits=self.bits, mode=self.mode
+        )
+        return rows.astype(mx.float32)
+
+    def _product(self, left: mx.array, start: int, stop: int, *, transpose: bool) -> mx.array:
+        weight = self.weight[start:stop]
+        if self.scales is None:
+            return left @ (weight.T if transpose else weight)
+        biases = None if self.biases is None else self.biases[start:stop]
+        return mx.quantized_matmul(
+            left, weight, self.scales[start:stop], biases, transpose=transpose, group_size=self.group_size, bits=self.bits, mode=self.mode
+        )
+
+
+def token_losses(head: Head, hidden: mx.array, targets: mx.array, chunk: int | None = None) -> tuple[mx.array, mx.array]:
+    """Cross-entropy of each row, and its gradient to the hidden states.
+
+    Args:
+        hidden: (N, D), any float type.
+        targets: (N,) int32 in [0, V); the caller checks the range.
+        chunk: vocabulary entries at a time; default: what CHUNK_BYTES allows.
+
+    Returns:
+        losses (N,) float32 in nats, and dloss_i/dh_i (N, D) float32. Evaluating only the first computes only the first.
+    """
+    chunk = chunk or max(MIN_CHUNK, CHUNK_BYTES // (4 * hidden.shape[0]))
+    top: mx.array | None = None
+    total = mx.zeros((hidden.shape[0], 1))
+    blend = mx.zeros(hidden.shape)
+    for start in range(0, head.vocab_size, chunk):
+        stop = min(start + chunk, head.vocab_size)
+        # Without this, the scheduler may compute many chunks' logits before it folds the first one in.
+        rows = hidden if top is None else mx.depends(hidden, [total, blend] if start else [total])
+        logits = head.logits(rows, start, stop)
+        highest = logits.max(axis=-1, keepdims=True)
+        new_top = highest if top is None else mx.maximum(top, highest)
+        factors = mx.exp(logits - new_top)
+        if top is not None:
+            decay = mx.exp(top - new_top)
+            total, blend = total * decay, blend * decay
+        total = total + factors.sum(axis=-1, keepdims=True)
+        blend = blend + head.weighted_rows(factors, start, stop, hidden.dtype)
+        top = new_top
+    assert top is not None
+    target_rows = head.rows(targets)
+    target_logits = (hidden.astype(mx.float32) * target_rows).sum(axis=-1)
+    losses = top[:, 0] + mx.log(total[:, 0]) - target_logits
+    return losses, blend / total - target_rows
+
+
+def make_loss(head: Head, chunk: int | None = None) -> Callable[[mx.array, mx.array], mx.array]:
+    """A differentiable `losses(hidden, targets)`: (N, D), (N,) -> (N,) float32; its gradient flows to `hidden` alone."""
+
+    @mx.custom_function
+    def losses(hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+        return token_losses(head, hidden, targets, chunk)
+
+    @losses.vjp
+    def losses_vjp(
+        primals: tuple[mx.array, mx.array], cotangents: tuple[mx.array, mx.array], outputs: tuple[mx.array, mx.array]
+    ) -> tuple[mx.array, mx.array]:
+        hidden, targets = primals
+        return (cotangents[0][:, None] * outputs[1]).astype(hidden.dtype), mx.zeros_like(targets)
+
+    return lambda hidden, targets: losses(hidden, targets)[0]

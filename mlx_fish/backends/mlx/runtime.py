@@ -1,0 +1,16 @@
+"""What must happen before `import mlx.core`, and what this machine is. Every module of this folder imports mlx after this one."""
+
+import resource
+
+from mlx_fish.blas import load_openblas
+
+has_fast_blas = load_openblas()
+_open_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+import mlx.core as mx  # noqa: E402
+import mlx_lm  # noqa: E402, F401
+
+if resource.getrlimit(resource.RLIMIT_NOFILE)[1] == _open_files[1]:
+    resource.setrlimit(resource.RLIMIT_NOFILE, _open_files)  # mlx-lm lowers it for the whole process
+
+on_gpu = mx.default_device().type == mx.DeviceType.gpu
