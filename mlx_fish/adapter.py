@@ -19,7 +19,9 @@ from mlx_fish.tensors import Float32, Weights, read_header, write_safetensors
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+RUN_FILE = "run.json"
 _PREFIX = "base_model.model."
+_DELTA_ROWS = 64  # so that a block of rows stays in the cache
 
 Arrays = dict[str, Float32]
 
@@ -121,9 +123,21 @@ def initial_arrays(spec: LoraSpec, seed: int) -> Arrays:
 
 
 def delta(adapter: Adapter, module: str) -> Float32:
-    """scale * B A, (out, in), float32: what merging adds to the layer's weight."""
-    scale = np.float32(adapter.spec.scales[module])
-    return scale * (adapter.arrays[key_b(module)] @ adapter.arrays[key_a(module)])
+    """scale * B A, (out, in), float32: what merging adds to the layer's weight.
+
+    Summed rank by rank, since a matrix product's last bits depend on the CPU (OpenBLAS has a kernel for each), and
+    a merge should give the same bytes on every machine.
+    """
+    a, b = adapter.arrays[key_a(module)], adapter.arrays[key_b(module)]
+    product = np.zeros((b.shape[0], a.shape[1]), np.float32)
+    term = np.empty((_DELTA_ROWS, a.shape[1]), np.float32)
+    for start in range(0, b.shape[0], _DELTA_ROWS):
+        rows = b[start : start + _DELTA_ROWS]
+        for k in range(a.shape[0]):
+            np.multiply(rows[:, k : k + 1], a[k], out=term[: len(rows)])
+            product[start : start + len(rows)] += term[: len(rows)]
+    product *= np.float32(adapter.spec.scales[module])
+    return product
 
 
 def save_adapter(folder: Path, arrays: Arrays, config: dict[str, Any]) -> None:
@@ -218,6 +232,28 @@ def check_fits(adapter: Adapter, linear_layers: dict[str, tuple[int, int]], mode
                 f"the adapter {adapter.path} (trained on {adapter.base}) does not fit the model {model}: "
                 f"{module} needs shape {shape} and {has}."
             )
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """run.json of an adapter that `mlx-fish train` wrote; empty beside another trainer's."""
+    path = folder / RUN_FILE
+    return read_json(path) if path.is_file() else {}
+
+
+def check_base(adapter: Adapter, fingerprint: str, model: str) -> None:
+    """The model is the one that the adapter was trained on, as far as its run.json tells.
+
+    Args:
+        fingerprint: `ModelFolder.fingerprint` of the model.
+        model: the model's name, for the message.
+    """
+    trained_on = read_run(adapter.path).get("base")
+    if not isinstance(trained_on, dict) or trained_on.get("fingerprint") in (None, fingerprint):
+        return
+    raise FishError(
+        f"the adapter {adapter.path} was trained on {trained_on.get('name', adapter.base)}, and the weights of {model} "
+        "are not the same; give the model that it was trained on with --model."
+    )
 
 
 def _scale(config: dict[str, Any], module: str, rank: int) -> float:

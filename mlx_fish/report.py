@@ -1,0 +1,127 @@
+"""One stream of events -> the terminal (stderr), `trainer_log.jsonl` and the picture of the run.
+
+The log has LLaMA-Factory's keys, one JSON object a line. Knows nothing of models.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+LOG_FILE = "trainer_log.jsonl"
+PICTURE = "training_loss.png"
+
+
+def say(text: str = "") -> None:
+    """A line for the person, on stderr: stdout is for answers."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class Report:
+    """Follows a run of `total` updates. Call `update` after each one and `validated` after each validation."""
+
+    def __init__(self, folder: Path, *, total: int, per_epoch: int, logging_steps: int):
+        from tqdm import tqdm
+
+        self.folder = folder
+        self.total = total
+        self.per_epoch = per_epoch
+        self.logging_steps = logging_steps
+        self.losses: list[tuple[int, float]] = []
+        self.eval_losses: list[tuple[int, float]] = []
+        self.started = time.monotonic()
+        self.training_seconds = 0.0
+        self.tokens = 0
+        self._pending: list[float] = []
+        self._log = open(folder / LOG_FILE, "w", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+        self._bar = tqdm(
+            total=total,
+            file=sys.stderr,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 15,
+            bar_format="{desc}{percentage:3.0f}%|{bar:16}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
+        )
+
+    def update(self, step: int, *, loss: float, learning_rate: float, grad_norm: float, tokens: int, seconds: float, peak: int) -> None:
+        """After update `step` (from 1): `tokens` real input tokens in `seconds`, `peak` bytes held at the most."""
+        self.losses.append((step, loss))
+        self._pending.append(loss)
+        self.tokens += tokens
+        self.training_seconds += seconds
+        rate = self.tokens / self.training_seconds
+        self._bar.set_postfix_str(f"loss {loss:.3f}  lr {learning_rate:.1e}  {rate:.0f} tok/s  peak {peak / 1e9:.2f} GB", refresh=False)
+        self._bar.update()
+        if step % self.logging_steps == 0 or step == self.total:
+            mean = sum(self._pending) / len(self._pending)
+            self._pending = []
+            self._write(step, loss=mean, lr=learning_rate, grad_norm=grad_norm, throughput=round(rate, 2), total_tokens=self.tokens)
+
+    def validated(self, step: int, loss: float) -> None:
+        self.eval_losses.append((step, loss))
+        self._write(step, eval_loss=loss)
+
+    def note(self, text: str) -> None:
+        """A line above the bar."""
+        self._bar.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        self._bar.close()
+        self._log.close()
+
+    def _write(self, step: int, **values: Any) -> None:
+        elapsed = time.monotonic() - self.started
+        remaining = elapsed / step * (self.total - step) if step else 0.0
+        entry = {
+            "current_steps": step,
+            "total_steps": self.total,
+            **values,
+            "epoch": round(step / self.per_epoch, 4),
+            "percentage": round(100 * step / self.total, 2),
+            "elapsed_time": _clock(elapsed),
+            "remaining_time": _clock(remaining),
+        }
+        self._log.write(json.dumps(entry, allow_nan=False) + "\n")
+        self._log.flush()
+
+
+def draw(folder: Path, losses: list[tuple[int, float]], eval_losses: list[tuple[int, float]]) -> Path:
+    """Save the loss curve as `training_loss.png`: each update, a running mean, and the validations."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(7, 4), dpi=140, layout="constrained")
+    axes = FigureCanvasAgg(figure).figure.add_subplot()
+    steps = [step for step, _ in losses]
+    values = [loss for _, loss in losses]
+    few = len(steps) <= 20
+    axes.plot(steps, values, color="#9ecae1", linewidth=1, marker="o" if few else None, markersize=3, label="training, each update")
+    if not few:
+        axes.plot(steps, _running_mean(values, max(5, len(values) // 20)), color="#2171b5", linewidth=2, label="training, running mean")
+    if eval_losses:
+        axes.plot(*zip(*eval_losses, strict=True), color="#d94801", marker="o", linewidth=1.5, label="validation")
+        for step, loss in (eval_losses[0], eval_losses[-1]):
+            axes.annotate(f"{loss:.3f}", (step, loss), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="optimizer updates", ylabel="loss (nats a token)")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=8)
+    path = folder / PICTURE
+    figure.savefig(path, metadata={"Software": None})
+    return path
+
+
+def _running_mean(values: list[float], width: int) -> list[float]:
+    means = []
+    for at in range(len(values)):
+        near = values[max(0, at - width + 1) : at + 1]
+        means.append(sum(near) / len(near))
+    return means
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
