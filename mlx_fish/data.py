@@ -20,7 +20,7 @@ SPLITS = ("train", "valid", "test")
 DEFAULT_DATA = "fish_care"
 MAX_LINE_BYTES = 4 << 20
 MAX_REPORTED = 20
-BUILT_IN = Path(__file__).parent / "data"
+BUILT_IN = Path(__file__).parent / "data_sets"
 
 _ROLES = {
     "system": "system",

@@ -1,7 +1,7 @@
 """Fuse an adapter with its base: check that they belong together, merge, and write the result whole or not at all.
 
-Runs without a framework, but for a base that MLX quantised (`merge.py`). Knows nothing of how a target stores what it is
-handed (`export/`).
+Runs without a framework, but for a base that MLX quantised (`merge.py`). Knows nothing of how a target stores what it
+is handed (`export/`).
 """
 
 import shutil

@@ -60,7 +60,7 @@ class GgufFile:
             raise FishError(f"{path} is empty; a GGUF file was expected.") from error
         try:
             self.metadata, self.tensors = _parse(self._data)
-        except _Damaged as error:
+        except _DamagedError as error:
             raise FishError(f"{path} is not a usable GGUF file ({error}); fetch it again.") from error
         for type_name in sorted({tensor.type_name for tensor in self.tensors.values()}):
             if not _can_expand(type_name):
@@ -86,7 +86,7 @@ class GgufFile:
         return result.reshape(shape)
 
 
-class _Damaged(Exception):
+class _DamagedError(Exception):
     """What in the header does not hold together."""
 
 
@@ -99,7 +99,7 @@ class _Cursor:
 
     def take(self, size: int) -> bytes:
         if size > len(self.data) - self.at:
-            raise _Damaged("it ends in the middle of its header")
+            raise _DamagedError("it ends in the middle of its header")
         self.at += size
         return self.data[self.at - size : self.at]
 
@@ -110,14 +110,14 @@ class _Cursor:
         """A number of things of at least `smallest` bytes each, which must fit in what is left of the file."""
         value: int = self.scalar("Q")
         if value * smallest > len(self.data) - self.at:
-            raise _Damaged(f"it claims {value} entries where there is no room for them")
+            raise _DamagedError(f"it claims {value} entries where there is no room for them")
         return value
 
     def string(self) -> str:
         try:
             return self.take(self.scalar("Q")).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise _Damaged("a text in its header is not UTF-8") from error
+            raise _DamagedError("a text in its header is not UTF-8") from error
 
     def value(self, kind: int) -> Any:
         if kind in _SCALARS:
@@ -125,42 +125,42 @@ class _Cursor:
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY:
-            raise _Damaged(f"a metadata value has the unknown type {kind}")
+            raise _DamagedError(f"a metadata value has the unknown type {kind}")
         item = self.scalar("I")
         if item in _SCALARS:
             width = struct.calcsize("<" + _SCALARS[item])
             count = self.count(width)
             return list(struct.unpack(f"<{count}{_SCALARS[item]}", self.take(count * width)))
         if item != _STRING:
-            raise _Damaged(f"a metadata array has items of type {item}")
+            raise _DamagedError(f"a metadata array has items of type {item}")
         return [self.string() for _ in range(self.count(8))]
 
 
 def _parse(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
     cursor = _Cursor(data)
     if data[:4] != b"GGUF":
-        raise _Damaged("it does not begin with GGUF")
+        raise _DamagedError("it does not begin with GGUF")
     cursor.at = 4
     version = cursor.scalar("I")
     if version not in (2, 3):
-        raise _Damaged(f"version {version}; little-endian version 2 or 3 was expected")
+        raise _DamagedError(f"version {version}; little-endian version 2 or 3 was expected")
     num_tensors = cursor.count(24)
     num_keys = cursor.count(13)
     metadata: dict[str, Any] = {}
     for _ in range(num_keys):
         key = cursor.string()
         if key in metadata:
-            raise _Damaged(f"{key} stands there twice")
+            raise _DamagedError(f"{key} stands there twice")
         metadata[key] = cursor.value(cursor.scalar("I"))
     infos = [_tensor_info(cursor) for _ in range(num_tensors)]
     alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
-        raise _Damaged(f"alignment {alignment}; a power of two was expected")
+        raise _DamagedError(f"alignment {alignment}; a power of two was expected")
     first = -(-cursor.at // alignment) * alignment
     tensors: dict[str, GgufTensor] = {}
     for name, shape, kind, offset in infos:
         if name in tensors:
-            raise _Damaged(f"the tensor {name} stands there twice")
+            raise _DamagedError(f"the tensor {name} stands there twice")
         tensors[name] = _place(name, shape, kind, first + offset, len(data))
     return metadata, tensors
 
@@ -169,7 +169,7 @@ def _tensor_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     name = cursor.string()
     num_dimensions = cursor.scalar("I")
     if not 1 <= num_dimensions <= _MAX_DIMENSIONS:
-        raise _Damaged(f"the tensor {name} has {num_dimensions} dimensions")
+        raise _DamagedError(f"the tensor {name} has {num_dimensions} dimensions")
     shape = tuple(cursor.scalar("Q") for _ in range(num_dimensions))[::-1]  # GGUF names the columns first
     return name, shape, cursor.scalar("I"), cursor.scalar("Q")
 
@@ -180,15 +180,15 @@ def _place(name: str, shape: tuple[int, ...], kind: int, start: int, file_size: 
     try:
         ggml_type = GGMLQuantizationType(kind)
     except ValueError as error:
-        raise _Damaged(f"the tensor {name} has the unknown type {kind}") from error
+        raise _DamagedError(f"the tensor {name} has the unknown type {kind}") from error
     block, block_bytes = GGML_QUANT_SIZES[ggml_type]
     if shape[-1] % block:
-        raise _Damaged(f"the rows of {name} are no whole blocks of {ggml_type.name}")
+        raise _DamagedError(f"the rows of {name} are no whole blocks of {ggml_type.name}")
     size = block_bytes
     for extent in (*shape[:-1], shape[-1] // block):  # Python's integers, which do not overflow
         size *= extent
     if start + size > file_size:
-        raise _Damaged(f"it ends before the tensor {name}")
+        raise _DamagedError(f"it ends before the tensor {name}")
     return GgufTensor(name, ggml_type.name, shape, start, start + size)
 
 

@@ -39,19 +39,32 @@ def find_model(name: str | None, *, models_dir: Path = MODELS_DIR, revision: str
     if name is None:
         newest = _newest_converted(models_dir)
         return _local(newest) if newest else fetch(DEFAULT_MODEL, revision=revision)
+    path = locate(name, models_dir=models_dir)
+    if name == TINY and path is not None:
+        return ModelFolder(path, TINY)
+    return fetch(name, revision=revision) if path is None else _local(path)
+
+
+def locate(name: str, *, models_dir: Path = MODELS_DIR) -> Path | None:
+    """Where a named model lies on this machine; None when it is a Hub id. Asks no network.
+
+    Raises:
+        FishError: neither.
+    """
     if name == TINY:
-        return ModelFolder(Path(__file__).parent / "tiny", TINY)
+        return Path(__file__).parent / TINY
     for path in (_path(name), models_dir / name if "/" not in name else None):
         if path is not None and _exists(path):
-            return _local(path)
-    if is_hub_id(name):
-        return fetch(name, revision=revision)
-    raise _no_such_model(name, models_dir)
+            return path
+    if not is_hub_id(name):
+        raise _no_such_model(name, models_dir)
+    return None
 
 
 def is_hub_id(name: str) -> bool:
     """`owner/name`, and not a path into a folder that exists here."""
-    fits = bool(_HUB_ID.fullmatch(name)) and len(name) <= _LONGEST_ID and ".." not in name and "--" not in name
+    plain = ".." not in name and "--" not in name and not name.endswith(".gguf")
+    fits = bool(_HUB_ID.fullmatch(name)) and len(name) <= _LONGEST_ID and plain
     return fits and not Path(name.split("/")[0]).is_dir()
 
 
@@ -210,8 +223,10 @@ def _no_such_model(name: str, models_dir: Path) -> FishError:
         return FishError(f"{shown} is an address; give the model's id alone, such as {DEFAULT_MODEL}.")
     path = _path(name)
     if "/" in name and len(name) <= _LONGEST_ID:
-        known = [str(path.parent / found.name) for found in path.parent.glob("*") if found.is_dir()]
-        return FishError(f"there is no folder {shown}, and it is no Hub id (owner/name).{did_you_mean(name, known)}")
+        known = [found.name for found in path.parent.glob("*") if not found.name.startswith(".")]
+        return FishError(
+            f"there is no file or folder {shown}, and it is no Hub id (owner/name).{did_you_mean(path.name, known)}"
+        )
     known = [TINY, *(found.name for found in models_dir.glob("*") if found.is_dir() and not found.name.startswith("."))]
     return FishError(
         f"there is no model {shown}; a folder, a Hub id such as {DEFAULT_MODEL}, or `tiny` was expected."

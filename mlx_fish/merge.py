@@ -31,7 +31,8 @@ class Survival:
     that is, one minus the error that merging added, measured by the adapter's own size. What the cast costs the base
     alone is not the adapter's loss, hence the second term; it is 0 when the base is stored in that type already. The
     projection of the stored change on d would be kinder, and misleading: a base that is rounded already moves by whole
-    steps or not at all, which keeps the projection high (0.9 where four weights of five did not move) and the error too.
+    steps or not at all, and the projection stays high (0.9 where four weights of five did not move) while the error does
+    too.
     """
 
     delta_squares: float = 0.0
@@ -68,7 +69,7 @@ class BaseValues:
     """The tensors of a plain model behind a folder that may be quantised.
 
     Attributes:
-        shapes: name -> shape in file order, without a second copy of a tied head and without quantisation's side tensors.
+        shapes: name -> shape in file order, without a tied head's second copy and without scales and biases.
     """
 
     def __init__(self, folder: ModelFolder):
@@ -108,7 +109,7 @@ class BaseValues:
             return
         if settings.get("mode", "affine") != "affine":
             raise FishError(
-                f"{self.folder.name} is quantised in the mode {settings['mode']}, of which mlx-fish expands only affine; "
+                f"{self.folder.name} is quantised in the mode {settings['mode']}, and mlx-fish expands only affine; "
                 "give the original model with --model."
             )
         try:
@@ -141,7 +142,7 @@ class BaseValues:
 
 
 def merge_tensor(values: BaseValues, adapter: Adapter, name: str, dtype: str, survival: Survival) -> Float32:
-    """The base's tensor, with the adapter's change when it has one; that is counted in `survival` as stored in `dtype`."""
+    """The base's tensor with the adapter's change, if any; `survival` counts what of that is left in `dtype`."""
 
     def cast(array: Float32) -> Float32:
         return array if dtype == "float32" else decode(encode(array, dtype, name), DTYPES[dtype][0])

@@ -1,7 +1,7 @@
-"""The README.md of an adapter folder and of a fused model: Markdown with YAML front matter, as the Hugging Face Hub reads it.
+"""The README.md of an adapter folder and of a fused model: Markdown with YAML front matter, as the Hub reads it.
 
-https://huggingface.co/docs/hub/model-cards. Text in, text out; nothing of this machine gets into it, so that a folder can
-be published as it is: of a path only the last part is told.
+Format: https://huggingface.co/docs/hub/model-cards. Text in, text out; nothing of this machine gets into it, so that
+a folder can be published as it is: of a path only the last part is told.
 """
 
 import re

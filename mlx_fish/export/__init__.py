@@ -1,4 +1,4 @@
-"""What a merged model is to the writers of this folder, one target a file. They know one format each, and nothing about LoRA."""
+"""What a merged model is to the writers of this folder: one target a file, which knows one format and nothing of LoRA."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ class MergedModel:
     """A whole model as a stream of tensors, and what has to lie beside them.
 
     Attributes:
-        shapes: Hugging Face tensor name -> shape, in the order in which they are best read; no second copy of a tied head.
+        shapes: Hugging Face tensor name -> shape, in the order to read them; no second copy of a tied head.
         read: name -> float32 array of that shape; a writer asks once for each, and holds one at a time.
         config: config.json with both rope forms.
         generation_config: generation_config.json, with every id at which the model stops.

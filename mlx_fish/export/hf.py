@@ -48,7 +48,7 @@ def write(
 
 
 def stored_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """config.json for plain weights in `dtype`: named in both the new and the old form, no quantisation, no code to run."""
+    """config.json for plain weights in `dtype` (named in the new form and the old): no quantisation, no code to run."""
     dropped = ("quantization", "quantization_config", "auto_map", "_name_or_path")
     stored = {key: value for key, value in config.items() if key not in dropped}
     architecture = ARCHITECTURES.get(str(config.get("model_type")))

@@ -1,0 +1,264 @@
+"""The command line: read the options, call one function, print. Each command imports its room inside, so `--help` is quick."""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_fish import __version__
+from mlx_fish.config import TrainConfig, flag_name, kind_of, read_yaml
+from mlx_fish.errors import FishError
+
+DTYPES = click.Choice(["float32", "float16", "bfloat16"])
+
+
+class Group(click.Group):
+    """Shows a FishError as one sentence on stderr, exit code 1; `--debug` shows where it came from."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FishError as error:
+            if ctx.params.get("debug"):
+                raise
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(1)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            from mlx_fish.errors import did_you_mean
+
+            ctx.fail(f"{error.message.rstrip('.')}.{did_you_mean(args[0], self.commands)}")
+
+
+def with_dashes(name: str) -> str:
+    """`--lora_rank`, as LLaMA-Factory's users type it, is `--lora-rank`."""
+    return name.replace("_", "-")
+
+
+@click.group(cls=Group, context_settings={"token_normalize_func": with_dashes, "help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mlx-fish")
+@click.option("--debug", is_flag=True, help="Show a traceback with an error.")
+def main(debug: bool) -> None:
+    """Fine-tune a small language model on your own questions and answers, on your own Mac.
+
+    \b
+    mlx-fish convert                       Qwen/Qwen2-0.5B -> an MLX folder
+    mlx-fish train --iters 10              LoRA on the fish-care data
+    mlx-fish generate -p "金鱼为什么浮头？"   the tuned model's answer
+    mlx-fish fuse --to-hf                  adapter + base -> Hugging Face folder
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+@main.command()
+@click.option("--model", help="A Hub id, a Hugging Face folder, `tiny`, or a .gguf file.  [default: Qwen/Qwen2-0.5B]")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write.  [default: models/<name>-mlx]")
+@click.option("--dtype", type=DTYPES, help="Type of the weights.  [default: the source's]")
+@click.option("-q", "--quantize", "bits", type=click.Choice(["4", "8"]), help="Quantise to so many bits (needs MLX).")
+@click.option("--group-size", type=click.Choice(["32", "64", "128"]), default="64", show_default=True, help="Weights that share a scale.")
+@click.option("--overwrite", is_flag=True, help="Replace the folder if mlx-fish made it.")
+def convert(model: str | None, out: Path | None, dtype: str | None, bits: str | None, group_size: str, overwrite: bool) -> None:
+    """Make an MLX folder of a Hugging Face model or a GGUF file."""
+    from mlx_fish.convert import convert as run
+
+    with byte_bar("converting") as progress:
+        result = run(
+            model=model,
+            out=out,
+            dtype=dtype,
+            quantize_bits=int(bits) if bits else None,
+            group_size=int(group_size),
+            overwrite=overwrite,
+            progress=progress,
+        )
+    size = f"{result.num_parameters / 1e6:.1f} M parameters, {result.dtype}"
+    if bits:
+        size += f" in {bits} bits"
+    say(f"{result.path}: {size}, {result.num_bytes / 1e9:.2f} GB, {result.seconds:.1f} s")
+    say(f"\nNext:\n  mlx-fish train --model {result.path} --iters 10")
+
+
+def train_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options of `train`, made from TrainConfig. A flag left out stays None, so that a YAML file can set it."""
+    for item in reversed(dataclasses.fields(TrainConfig)):
+        kind, help_text = kind_of(item), item.metadata["help"]
+        if item.default is not None and kind is not bool and "[default" not in help_text:
+            help_text += f"  [default: {item.default:g}]" if kind is float else f"  [default: {item.default}]"
+        flags = [flag_name(item.name), *(flag_name(name) for name in item.metadata["also"])]
+        choices = item.metadata["choices"]
+        if kind is bool:
+            option = click.option(*flags, item.name, is_flag=True, default=None, help=help_text)
+        else:
+            option = click.option(*flags, item.name, type=click.Choice(choices) if choices else kind, help=help_text)
+        command = option(command)
+    return command
+
+
+@main.command()
+@train_options
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings; flags override it.")
+@click.option("--dry-run", is_flag=True, help="Check everything, say what would be trained, and write nothing.")
+def train(config_file: Path | None, dry_run: bool, **flags: Any) -> None:
+    """Tune a model with LoRA; writes a PEFT adapter."""
+    settings = read_yaml(config_file) if config_file else {}
+    settings.update({name: value for name, value in flags.items() if value is not None})
+    config = TrainConfig(**settings)
+    from mlx_fish.train import train as run
+
+    run(config, dry_run=dry_run)
+
+
+@main.command()
+@click.option("-p", "--prompt", help="The question.")
+@click.option("--input", "further", default="", help="Further material for the question.")
+@click.option("--questions", type=click.Path(path_type=Path), help="Answer a file of questions, one a line, in one batched pass.")
+@click.option("--out", type=click.Path(path_type=Path), help="Where the answers to --questions go, as JSON lines.  [default: stdout]")
+@click.option("--model", help="Base model.  [default: the one that the adapter was trained on]")
+@click.option("--adapter", type=click.Path(path_type=Path), help="Adapter folder.  [default: finetuned_model, if it is there]")
+@click.option("--no-adapter", is_flag=True, help="Answer with the base model.")
+@click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer.")
+@click.option("--temp", type=click.FloatRange(0), default=0.0, show_default=True, help="Temperature; 0 takes the likeliest token.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, help="Sample from this share of probability.")
+@click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="Sample from the k likeliest tokens; 0: all.")
+@click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True, help="Above 1: repeat less; as in transformers.")
+@click.option("--seed", type=click.IntRange(0), default=42, show_default=True, help="For sampling.")
+@click.option("--system", default="", help="A system prompt.")
+@click.option("--compare", is_flag=True, help="Put the base's answer beside the tuned one's.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def generate(
+    prompt: str | None, further: str, questions: Path | None, out: Path | None, model: str | None, adapter: Path | None,
+    no_adapter: bool, max_tokens: int, temp: float, top_p: float, top_k: int, repetition_penalty: float, seed: int,
+    system: str, compare: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Ask the tuned model."""
+    if (prompt is None) == (questions is None):
+        raise click.UsageError("give a question with -p, or a file of questions with --questions.")
+    if out is not None and questions is None:
+        raise click.UsageError("--out goes with --questions.")
+    if compare and no_adapter:
+        raise click.UsageError("--compare needs the adapter that --no-adapter leaves out.")
+    if further and questions is not None:
+        raise click.UsageError("--input goes with -p.")
+    from mlx_fish import generate as room
+    from mlx_fish.run_folder import find_adapter
+
+    asked = room.read_questions(questions) if questions else []
+    turns = room.turns_of(prompt, input=further, system=system) if prompt is not None else ()
+    if compare and find_adapter(adapter) is None:
+        raise FishError("--compare needs a tuned model; run `mlx-fish train` first, or name one with --adapter.")
+    from mlx_fish.backends import Sampling
+    from mlx_fish.session import load_session
+
+    session = load_session(model=model, adapter=adapter, no_adapter=no_adapter)
+    sampling = Sampling(max_tokens, temp, top_p, top_k, repetition_penalty, seed)
+    backend = session.load()
+    if asked:
+        room.write_answers(room.answer_many(session, backend, asked, sampling, system=system, compare=compare), out)
+        if out:
+            say(f"{len(asked)} answers in {out}")
+        return
+    answers = {}
+    for name in ("base", "tuned") if compare else ("tuned" if session.adapter else "base",):
+        if session.adapter is not None:
+            backend.use_adapter(name == "tuned")
+        if compare and not as_json:
+            click.echo(f"{'' if name == 'base' else chr(10)}[{name}]")
+        pieces = []
+        for piece in room.stream(session, backend, turns, sampling):
+            pieces.append(piece)
+            if not as_json:
+                click.echo(piece, nl=False)
+        answers[name] = "".join(pieces)
+        if not as_json:
+            click.echo()
+    if as_json:
+        result = {"question": prompt, "answer": answers.get("tuned", answers.get("base"))}
+        if compare:
+            result["base"] = answers["base"]
+        click.echo(json.dumps(result, ensure_ascii=False))
+
+
+@main.command()
+@click.option("--data", help="A file, a folder, or a data set's name.  [default: fish_care]")
+@click.option("--split", type=click.Choice(["train", "valid", "test", "all"]), default="test", show_default=True, help="Rows to use.")
+@click.option("--model", help="Base model.  [default: the one that the adapter was trained on]")
+@click.option("--adapter", type=click.Path(path_type=Path), help="Adapter folder.  [default: finetuned_model, if it is there]")
+@click.option("--no-adapter", is_flag=True, help="Evaluate the base model alone.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def evaluate(data: str | None, split: str, model: str | None, adapter: Path | None, no_adapter: bool, as_json: bool) -> None:
+    """Loss and perplexity over supervised tokens, base beside tuned."""
+    from mlx_fish.evaluate import evaluate as run
+
+    result = run(data=data, split=split, model=model, adapter=adapter, no_adapter=no_adapter)
+    if as_json:
+        click.echo(json.dumps(result.as_json()))
+        return
+    click.echo(f"{'':8}{'loss':>10}{'perplexity':>12}")
+    if result.base:
+        click.echo(f"{'base':8}{result.base.loss:10.4f}{result.base.perplexity:12.2f}")
+    click.echo(f"{'tuned' if result.base else 'base':8}{result.loss:10.4f}{result.perplexity:12.2f}")
+    click.echo(f"{result.rows} rows, {result.supervised_tokens} supervised tokens")
+
+
+@main.command()
+@click.option("--to-hf", is_flag=True, help="Write a Hugging Face folder (safetensors).")
+@click.option("--model", help="Base model.  [default: the one that the adapter was trained on]")
+@click.option("--adapter", type=click.Path(path_type=Path), help="Adapter folder.  [default: finetuned_model]")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("fused_model"), show_default=True, help="Folder to write.")
+@click.option("--dtype", type=DTYPES, help="Type of the weights.  [default: the base's]")
+@click.option("--overwrite", is_flag=True, help="Replace the folder if mlx-fish made it.")
+def fuse(to_hf: bool, model: str | None, adapter: Path | None, out: Path, dtype: str | None, overwrite: bool) -> None:
+    """Merge adapter and base into a plain model."""
+    if not to_hf:
+        raise click.UsageError("name a target: --to-hf.")
+    from mlx_fish.adapter import load_adapter
+    from mlx_fish.fuse import fuse as run
+    from mlx_fish.run_folder import DEFAULT_OUTPUT, find_adapter
+    from mlx_fish.session import base_of
+
+    place = find_adapter(adapter or DEFAULT_OUTPUT)
+    assert place is not None
+    with byte_bar("fusing") as progress:
+        result = run(base=base_of(place, model), adapter=load_adapter(place), out=out, dtype=dtype, overwrite=overwrite, progress=progress)
+    say(f"{result.path}: {result.layers} layers merged, {result.dtype}, {result.num_bytes / 1e9:.2f} GB, {result.seconds:.1f} s")
+    if result.original:
+        say(f"the base is quantised, so its original {result.original} was used")
+    elif result.expanded:
+        say("the base is quantised, so its values were expanded; the result is not quantised")
+    say(f"{result.kept:.1%} of the adapter's change survives in {result.dtype}; it altered {result.changed:.1%} of the adapted weights")
+    if result.kept < 0.95:
+        say(f"! {result.dtype} swallows part of this adapter; --dtype float32 keeps all of it")
+    click.echo(str(result.path))
+
+
+class byte_bar:  # noqa: N801 (used like a function)
+    """`with byte_bar("fusing") as progress: … progress(done, total)`: a bar on stderr."""
+
+    def __init__(self, title: str):
+        self.title = title
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        from tqdm import tqdm
+
+        self.bar = tqdm(desc=self.title, unit="B", unit_scale=True, file=sys.stderr, leave=False, mininterval=0.2, disable=None)
+        return self._progress
+
+    def _progress(self, done: int, total: int) -> None:
+        self.bar.total = total
+        self.bar.update(done - self.bar.n)
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+
+def say(text: str) -> None:
+    click.echo(text, err=True)

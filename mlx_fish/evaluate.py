@@ -1,0 +1,64 @@
+"""`mlx-fish evaluate`: the loss over supervised tokens, the base's beside the tuned model's."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_fish.backends import Backend
+from mlx_fish.batches import fixed_batches
+from mlx_fish.data import SPLITS, load_dataset
+from mlx_fish.errors import FishError
+from mlx_fish.session import load_session
+from mlx_fish.train import validate
+
+BATCH_SIZE = 8
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`loss` in nats a supervised token, weighted by tokens; `base` is the same without the adapter, None when there is none."""
+
+    loss: float
+    supervised_tokens: int
+    rows: int
+    base: "Evaluation | None" = None
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    def as_json(self) -> dict[str, Any]:
+        own = {"loss": self.loss, "perplexity": self.perplexity, "supervised_tokens": self.supervised_tokens, "rows": self.rows}
+        return {**own, "base": self.base.as_json() | {} if self.base else None}
+
+
+def evaluate(
+    *, data: str | None, split: str | None, model: str | None, adapter: Path | None, no_adapter: bool, max_seq_length: int = 2048
+) -> Evaluation:
+    """Evaluate one split of a data set (default: test).
+
+    Raises:
+        FishError: the split is unknown or has no rows.
+    """
+    split = split or "test"
+    if split not in (*SPLITS, "all"):
+        raise FishError(f"--split {split}: expected one of {', '.join(SPLITS)}, all.")
+    dataset = load_dataset(data)
+    examples = [example for name in SPLITS if split in (name, "all") for example in dataset.splits[name]]
+    if not examples:
+        raise FishError(f"--data {dataset.name} has no rows in its {split} split; try --split all.")
+    session = load_session(model=model, adapter=adapter, no_adapter=no_adapter)
+    batches = fixed_batches([session.template.tokens(example, max_seq_length) for example in examples], BATCH_SIZE)
+    tokens = sum(batch.num_supervised for batch in batches)
+    backend: Backend = session.load()
+
+    def measure(base: Evaluation | None) -> Evaluation:
+        return Evaluation(validate(backend, batches), tokens, len(examples), base)
+
+    if session.adapter is None:
+        return measure(None)
+    backend.use_adapter(False)
+    base = measure(None)
+    backend.use_adapter(True)
+    return measure(base)

@@ -1,0 +1,72 @@
+"""Model, adapter and template that belong together: what `generate` and `evaluate` begin with."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_fish.adapter import Adapter, check_fits, load_adapter, read_run
+from mlx_fish.backends import Backend, load_backend
+from mlx_fish.errors import FishError
+from mlx_fish.hub import find_model
+from mlx_fish.model_folder import ModelFolder
+from mlx_fish.report import say
+from mlx_fish.run_folder import DEFAULT_OUTPUT, find_adapter
+from mlx_fish.template import BUILT_IN, Template, check_name, choose_template, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Session:
+    """Everything known before the weights are loaded."""
+
+    folder: ModelFolder
+    adapter: Adapter | None
+    template: Template
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys((self.template.end_token_id, *self.folder.end_token_ids)))
+
+    def load(self) -> Backend:
+        """Load the weights, the adapter on them."""
+        backend = load_backend(self.folder, lambda text: say(f"! {text}"))
+        if self.adapter is not None:
+            backend.attach(self.adapter.spec, self.adapter.arrays)
+        return backend
+
+
+def base_of(adapter: Path, model: str | None) -> ModelFolder:
+    """The model that an adapter was trained on: the one asked for, the folder that training used, or the one it names."""
+    if model is not None:
+        return find_model(model)
+    base = read_run(adapter).get("base", {})
+    path = base.get("path")
+    if isinstance(path, str) and (Path(path) / "config.json").is_file():
+        return ModelFolder(Path(path), base.get("name", path), base.get("revision"))
+    name = load_adapter(adapter).base
+    if not name:
+        raise FishError(f"{adapter} does not say which model it was trained on; name it with --model.")
+    return find_model(name)
+
+
+def load_session(*, model: str | None, adapter: Path | None, no_adapter: bool) -> Session:
+    """Find the adapter, its base and the template that it was trained with.
+
+    Without an adapter (none trained yet, or `--no-adapter`) the base alone, in the template that training would choose.
+    """
+    place = find_adapter(adapter)
+    if place is None:
+        if adapter is None and not no_adapter:
+            say(f"! no adapter in {DEFAULT_OUTPUT}/, so this is the base model; `mlx-fish train` makes one.")
+        folder = find_model(model)
+        return Session(folder, None, choose_template("auto", load_tokenizer(folder), folder))
+    folder = base_of(place, model)
+    found = load_adapter(place)
+    check_fits(found, folder.linear_layers, folder.name)
+    run = read_run(place)
+    expected = run.get("base", {}).get("fingerprint")
+    if expected and expected != folder.fingerprint:
+        say(f"! the adapter was trained on {run['base']['name']}, and {folder.name} has other weights of the same shape.")
+    name = run.get("template", {}).get("name", "auto")
+    tokenizer = load_tokenizer(folder)
+    if name not in BUILT_IN and name != "auto":
+        check_name(name)
+    return Session(folder, None if no_adapter else found, choose_template(name, tokenizer, folder))
