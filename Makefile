@@ -1,0 +1,36 @@
+# The few commands of daily life. `make help` lists them.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/.installed
+
+.PHONY: help demo test check clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt -e ".[mlx]"
+	touch $@
+
+$(VENV)/.tested: $(STAMP)
+	@# torch first and pinned: an unpinned one may bring gigabytes of CUDA
+	$(PIP) install -q -c constraints.txt torch
+	$(PIP) install -q -c constraints.txt -e ".[mlx,test,dev]"
+	touch $@
+
+demo: $(STAMP) ## set up, then the whole main job offline on the built-in tiny model
+	PATH="$(abspath $(BIN)):$$PATH" sh scripts/demo.sh
+
+test: $(VENV)/.tested ## set up, then every test (MLX_FISH_TEST_MODEL=DIR adds those on real weights)
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.tested ## format, lint, types, dead code
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean: ## remove what the demo and the tools made
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis demo_output

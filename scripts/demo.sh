@@ -1,0 +1,11 @@
+#!/bin/sh
+# The whole main job, offline, on the built-in tiny model: convert, train, generate, evaluate, fuse.
+set -eu
+rm -rf demo_output
+mkdir demo_output
+step() { printf '\n$ %s\n' "$*" >&2; "$@"; }
+step mlx-fish convert --model tiny --out demo_output/tiny-mlx
+step mlx-fish train --model demo_output/tiny-mlx --iters 60 --learning-rate 2e-3 --output-dir demo_output/adapter
+step mlx-fish generate --adapter demo_output/adapter -p "金鱼为什么容易浮头？" --compare --max-tokens 80 --repetition-penalty 1.1
+step mlx-fish evaluate --adapter demo_output/adapter
+step mlx-fish fuse --adapter demo_output/adapter --to-hf --out demo_output/fused

@@ -1,0 +1,38 @@
+"""What several tests share. OpenBLAS is loaded before anything imports mlx."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mlx_fish.blas import load_openblas
+
+load_openblas()
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The built-in model's folder."""
+    from mlx_fish.hub import find_model
+
+    return find_model("tiny")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny):
+    from mlx_fish.template import load_tokenizer
+
+    return load_tokenizer(tiny)
+
+
+@pytest.fixture(scope="session")
+def real_model():
+    """A real 0.5B model's folder, named by MLX_FISH_TEST_MODEL."""
+    from mlx_fish.hub import find_model
+
+    path = os.environ.get("MLX_FISH_TEST_MODEL")
+    if not path:
+        pytest.skip("MLX_FISH_TEST_MODEL names no model")
+    return find_model(path)

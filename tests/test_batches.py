@@ -1,0 +1,59 @@
+import numpy as np
+
+from mlx_fish.batches import Updates, make_batch, padding_share
+from mlx_fish.template import Tokens
+
+
+def row(number, length):
+    ids = np.arange(length, dtype=np.int32) + 100 * number
+    supervised = np.zeros(length, bool)
+    supervised[length // 2 :] = True
+    return Tokens(ids, supervised, f"a:{number}")
+
+
+ROWS = [row(i, 6 + (i * 7) % 23) for i in range(37)]
+
+
+def test_targets_are_the_next_supervised_ids():
+    batch = make_batch(ROWS[:3])
+    flat = batch.inputs.reshape(-1)
+    labelled = batch.weights == 1
+    assert (batch.targets[labelled] == flat[batch.positions[labelled]] + 1).all()
+    expected = np.concatenate([r.ids[1:][r.supervised[1:]] for r in ROWS[:3]])
+    assert (batch.targets[labelled] == expected).all()
+    assert batch.num_supervised == len(expected) == int(batch.weights.sum())
+    assert batch.num_tokens == sum(len(r.ids) - 1 for r in ROWS[:3])
+
+
+def test_every_row_once_an_epoch_whatever_the_split():
+    for batch_size, accumulation in ((4, 1), (1, 4), (5, 3), (64, 1)):
+        updates = Updates(ROWS, batch_size=batch_size, accumulation=accumulation, seed=3)
+        for epoch in range(2):
+            steps = range(epoch * updates.per_epoch, (epoch + 1) * updates.per_epoch)
+            seen = [name for step in steps for batch in updates[step] for name in batch.rows]
+            assert sorted(seen) == sorted(r.where for r in ROWS)
+
+
+def test_accumulation_splits_the_same_rows():
+    whole, parts = (Updates(ROWS, batch_size=b, accumulation=a, seed=1) for b, a in ((4, 1), (1, 4)))
+    for step in range(12):
+        assert [name for batch in whole[step] for name in batch.rows] == [name for batch in parts[step] for name in batch.rows]
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    first, again, other = (Updates(ROWS, batch_size=4, accumulation=1, seed=s) for s in (1, 1, 2))
+    assert [first[s][0].rows for s in range(30)] == [again[s][0].rows for s in reversed(range(30))][::-1]
+    assert [first[s][0].rows for s in range(10)] != [other[s][0].rows for s in range(10)]
+    assert [first[s][0].rows for s in range(10)] != [first[s + 10][0].rows for s in range(10)]
+
+
+def test_the_longest_row_comes_first():
+    longest = max(ROWS, key=lambda r: len(r.ids)).where
+    assert longest in Updates(ROWS, batch_size=4, accumulation=1, seed=5)[0][0].rows
+
+
+def test_padding_share_counts_real_tokens():
+    updates = Updates(ROWS, batch_size=4, accumulation=1, seed=1)
+    real = sum(len(r.ids) - 1 for r in ROWS)
+    computed = sum(batch.inputs.size for step in range(updates.per_epoch) for batch in updates[step])
+    assert abs(padding_share(updates, updates.per_epoch) - (1 - real / computed)) < 1e-12

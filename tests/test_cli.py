@@ -1,0 +1,203 @@
+"""The commands as a person meets them: what they print, how they fail, how fast `--help` is."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from mlx_fish.cli import main
+
+COMMANDS = ["convert", "train", "generate", "evaluate", "fuse"]
+
+
+def run(*arguments, cwd=None):
+    return subprocess.run([sys.executable, "-m", "mlx_fish", *arguments], capture_output=True, text=True, cwd=cwd, check=False)
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_loads_no_framework(command):
+    arguments = [command, "--help"] if command else ["--help"]
+    code = (
+        "import sys\nfrom mlx_fish.cli import main\n"
+        f"try:\n    main({arguments!r})\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "heavy = {'mlx', 'torch', 'transformers', 'numpy', 'huggingface_hub'} & set(sys.modules)\nassert not heavy, heavy\n"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Options:" in done.stdout
+    assert time.monotonic() - started < 3  # 0.1 s on a quiet machine
+
+
+BAD = [
+    (["train", "--data", "missing.jsonl"], 1, "there is no such file or folder"),
+    (["train", "--data", "empty.jsonl"], 1, "holds no rows"),
+    (["train", "--data", "bad.jsonl"], 1, "bad.jsonl:2: not valid JSON"),
+    (["train", "--data", "wrong.jsonl"], 1, "is `qustion` meant?"),
+    (["train", "--template", "qwem"], 1, "Did you mean `qwen`?"),
+    (["train", "--iters", "0"], 1, "--iters 0: expected at least 1"),
+    (["train", "--iterz", "3"], 2, "--iters"),
+    (["train", "--lora-dropout", "1"], 1, "expected 0 up to below 1"),
+    (["train", "--config", "bad.yaml"], 1, "Did you mean `learning_rate`?"),
+    (["train", "--output-dir", "full"], 1, "no run of mlx-fish"),
+    (["trian"], 2, "Did you mean `train`?"),
+    (["generate"], 2, "give a question with -p"),
+    (["generate", "-p", " "], 1, "-p is empty"),
+    (["generate", "-p", "x", "--adapter", "nowhere"], 1, "run `mlx-fish train` first"),
+    (["evaluate", "--adapter", "full"], 1, "was expected"),
+    (["fuse"], 2, "name a target"),
+    (["fuse", "--to-hf"], 1, "run `mlx-fish train` first"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), BAD)
+def test_a_mistake_is_one_sentence_and_writes_nothing(tmp_path, monkeypatch, arguments, code, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "bad.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": \n')
+    (tmp_path / "wrong.jsonl").write_text('{"qustion": "a", "answer": "b"}\n')
+    (tmp_path / "bad.yaml").write_text("learning_rat: 1e-4\n")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == code, result.output
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_mistakes_show_before_a_framework_is_imported(tmp_path):
+    (tmp_path / "bad.jsonl").write_text("{\n")
+    code = (
+        "import sys\nfrom mlx_fish.cli import main\n"
+        "try:\n    main(['train', '--data', 'bad.jsonl'])\nexcept SystemExit as stop:\n    assert stop.code == 1\n"
+        "assert not {'mlx', 'torch', 'transformers'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder in which `train --model tiny` was run twice, into two output folders."""
+    folder = tmp_path_factory.mktemp("run")
+    for name in ("finetuned_model", "again"):
+        done = run("train", "--model", "tiny", "--iters", "12", "--learning_rate", "2e-3", "--output-dir", name, cwd=folder)
+        assert done.returncode == 0, done.stderr
+    (folder / "stderr").write_text(done.stderr)
+    return folder
+
+
+def test_train_leaves_everything_that_a_run_should(trained):
+    names = {path.name for path in (trained / "finetuned_model").iterdir()}
+    assert names == {
+        "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+        "generation_config.json", "run.json", "trainer_log.jsonl", "training_loss.png", "README.md", "checkpoints",
+    }  # fmt: skip
+    from mlx_fish.checkpoint import checkpoints, is_valid
+
+    assert [path.name for path in checkpoints(trained / "finetuned_model" / "checkpoints")] == ["step-00000012"]
+    assert is_valid(trained / "finetuned_model" / "checkpoints" / "step-00000012")
+
+
+def test_the_log_has_the_keys_people_know_and_every_step(trained):
+    log = [json.loads(line) for line in (trained / "finetuned_model" / "trainer_log.jsonl").read_text().splitlines()]
+    steps = [entry for entry in log if "loss" in entry]
+    assert [entry["current_steps"] for entry in steps] == list(range(1, 13))
+    keys = {"current_steps", "total_steps", "loss", "lr", "epoch", "percentage", "elapsed_time", "remaining_time", "throughput", "total_tokens"}
+    assert keys <= set(steps[0])
+    validations = [entry for entry in log if "eval_loss" in entry]
+    assert [entry["current_steps"] for entry in validations] == [0, 12]
+    assert validations[1]["eval_loss"] < validations[0]["eval_loss"]
+
+
+def test_the_same_command_gives_the_same_bytes(trained):
+    first, again = trained / "finetuned_model", trained / "again"
+    assert (first / "adapter_model.safetensors").read_bytes() == (again / "adapter_model.safetensors").read_bytes()
+    timed = ("elapsed_time", "remaining_time", "throughput")
+    logs = [
+        [{key: value for key, value in json.loads(line).items() if key not in timed} for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
+        for folder in (first, again)
+    ]
+    assert logs[0] == logs[1]
+
+
+def test_training_again_is_refused_without_overwrite(trained):
+    done = run("train", "--model", "tiny", "--iters", "1", cwd=trained)
+    assert done.returncode == 1
+    assert "use --overwrite" in done.stderr
+
+
+def test_the_terminal_shows_what_matters(trained):
+    text = (trained / "stderr").read_text()
+    for expected in ("trainable", "supervised", "padding", "validation", "before:", "after:", "tok/s", "Next:", "mlx-fish generate"):
+        assert expected in text
+    assert len(text.splitlines()) < 45
+
+
+def test_evaluate_puts_the_base_beside(trained):
+    done = run("evaluate", "--json", cwd=trained)
+    result = json.loads(done.stdout)
+    assert set(result) == {"loss", "perplexity", "supervised_tokens", "rows", "base"}
+    assert set(result["base"]) == {"loss", "perplexity", "supervised_tokens", "rows", "base"} - {"base"}
+    assert result["loss"] < result["base"]["loss"]
+    alone = json.loads(run("evaluate", "--json", "--no-adapter", cwd=trained).stdout)
+    assert alone["base"] is None
+    assert abs(alone["loss"] - result["base"]["loss"]) < 1e-6
+
+
+def test_generate_answers_on_stdout_alone(trained):
+    done = run("generate", "-p", "金鱼为什么容易浮头？", "--max-tokens", "20", cwd=trained)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    streamed = done.stdout.strip()
+    done = run("generate", "-p", "金鱼为什么容易浮头？", "--max-tokens", "20", "--json", "--compare", cwd=trained)
+    result = json.loads(done.stdout)
+    assert result["answer"].strip() == streamed
+    assert result["base"] != result["answer"]
+
+
+def test_a_file_of_questions(trained):
+    questions = Path(__file__).parent.parent / "data" / "questions.txt"
+    done = run("generate", "--questions", str(questions), "--out", "answers.jsonl", "--max-tokens", "8", "--compare", cwd=trained)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (trained / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["question"] for row in rows] == [line for line in questions.read_text(encoding="utf-8").splitlines() if line]
+    assert all(set(row) == {"question", "answer", "base"} for row in rows)
+
+
+def test_fused_equals_adapter(trained):
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from mlx_fish.session import load_session
+
+    done = run("fuse", "--to-hf", "--dtype", "float32", cwd=trained)
+    assert done.returncode == 0, done.stderr
+    ids = np.arange(5, 60, dtype=np.int32)
+    backend = load_session(model="tiny", adapter=trained / "finetuned_model", no_adapter=False).load()
+    fused = AutoModelForCausalLM.from_pretrained(trained / "fused_model")
+    with torch.no_grad():
+        expected = fused(torch.tensor(ids[None]).long()).logits[0].numpy()
+    assert np.abs(backend.logits(ids) - expected).max() < 1e-4
+
+
+def test_a_dry_run_writes_nothing(tmp_path):
+    done = run("train", "--model", "tiny", "--iters", "3", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "trainable" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_yaml_settings_and_flags(tmp_path):
+    (tmp_path / "run.yaml").write_text("model_name_or_path: tiny\nmax_steps: 5\nlearning_rate: 1e-3\n")
+    done = run("train", "--config", "run.yaml", "--iters", "2", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "2 updates" in done.stderr
+    assert "learning rate 0.001" in done.stderr

@@ -1,0 +1,63 @@
+"""Imports point down the house: no room imports one that stands later in the chain."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "mlx_fish"
+# From the ground up; a room may import those of earlier lines.
+FLOORS = [
+    {"errors", "blas", "__init__"},
+    {"files", "config", "schedule"},
+    {"tensors", "dataset_info"},
+    {"model_folder", "data", "gguf_reader"},
+    {"adapter", "template", "gguf_model", "gguf_tokenizer"},
+    {"batches", "run_folder", "hub"},
+    {"merge", "model_card", "report", "checkpoint", "backends", "backends.mlx"},
+    {"export", "export.hf", "session"},
+    {"train", "generate", "convert", "fuse"},
+    {"evaluate"},
+    {"cli"},
+    {"__main__"},
+]
+HEIGHT = {room: height for height, floor in enumerate(FLOORS) for room in floor}
+
+
+def room_of(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    if parts[:2] == ("backends", "mlx"):
+        return "backends.mlx"
+    return ".".join(part for part in parts if part != "__init__") or "__init__"
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+
+
+def test_the_import_graph_points_down():
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        room = room_of(path)
+        for name in imports(path):
+            target = name.removeprefix("mlx_fish.") if name.startswith("mlx_fish.") else None
+            if target and target.startswith("backends.mlx"):
+                target = "backends.mlx"
+            if target in HEIGHT and target != room and HEIGHT[target] > HEIGHT[room]:
+                wrong.append(f"{room} imports {target}")
+    assert not wrong
+
+
+def test_every_room_has_a_floor():
+    assert {room_of(path) for path in PACKAGE.rglob("*.py")} == set(HEIGHT)
+
+
+def test_frameworks_stay_behind_the_border():
+    for path in PACKAGE.rglob("*.py"):
+        frameworks = {name.split(".")[0] for name in imports(path)} & {"mlx", "mlx_lm", "torch"}
+        if room_of(path) == "backends" and path.name == "__init__.py":
+            continue
+        assert not frameworks or room_of(path) == "backends.mlx", path

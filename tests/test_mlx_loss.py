@@ -1,0 +1,64 @@
+"""The single-pass loss against a plain NumPy computation and against torch's autograd."""
+
+import numpy as np
+import pytest
+import torch
+
+import mlx_fish.backends.mlx.runtime  # noqa: F401  isort: skip
+import mlx.core as mx
+
+from mlx_fish.backends.mlx.loss import Head, make_loss, token_losses
+
+N, D, V = 13, 64, 1000
+RANDOM = np.random.default_rng(0)
+HIDDEN = RANDOM.normal(size=(N, D)).astype(np.float32)
+WEIGHT = RANDOM.normal(size=(V, D)).astype(np.float32)
+TARGETS = RANDOM.integers(0, V, N).astype(np.int32)
+
+
+def reference(hidden, weight, targets):
+    """Losses (N,) and their gradients (N, D) in float64."""
+    logits = hidden.astype(np.float64) @ weight.astype(np.float64).T
+    logits -= logits.max(axis=1, keepdims=True)
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    rows = np.arange(len(targets))
+    losses = -np.log(probabilities[rows, targets])
+    probabilities[rows, targets] -= 1
+    return losses, probabilities @ weight.astype(np.float64)
+
+
+@pytest.mark.parametrize("chunk", [7, 100, 333, 1000, 5000])
+def test_equals_numpy_for_every_chunk_size(chunk):
+    losses, gradient = token_losses(Head(mx.array(WEIGHT)), mx.array(HIDDEN), mx.array(TARGETS), chunk)
+    expected, expected_gradient = reference(HIDDEN, WEIGHT, TARGETS)
+    np.testing.assert_allclose(np.array(losses), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.array(gradient), expected_gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_equals_torch_autograd():
+    weights = RANDOM.random(N).astype(np.float32)
+    hidden = torch.tensor(HIDDEN, requires_grad=True)
+    logits = hidden @ torch.tensor(WEIGHT).T
+    each = torch.nn.functional.cross_entropy(logits, torch.tensor(TARGETS).long(), reduction="none")
+    (each * torch.tensor(weights)).sum().backward()
+    losses = make_loss(Head(mx.array(WEIGHT)), 128)
+    gradient = mx.grad(lambda h: (losses(h, mx.array(TARGETS)) * mx.array(weights)).sum())(mx.array(HIDDEN))
+    np.testing.assert_allclose(np.array(gradient), hidden.grad.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_large_logits_do_not_overflow():
+    losses, gradient = token_losses(Head(mx.array(WEIGHT)), mx.array(HIDDEN * 100), mx.array(TARGETS), 64)
+    expected, _ = reference(HIDDEN * 100, WEIGHT, TARGETS)
+    np.testing.assert_allclose(np.array(losses), expected, rtol=1e-5, atol=1e-2)
+    assert np.isfinite(np.array(gradient)).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_head(bits):
+    packed, scales, biases = mx.quantize(mx.array(WEIGHT), group_size=64, bits=bits)
+    dense = np.array(mx.dequantize(packed, scales, biases, group_size=64, bits=bits))
+    head = Head(packed, scales, biases, 64, bits)
+    losses, gradient = token_losses(head, mx.array(HIDDEN), mx.array(TARGETS), 256)
+    expected, expected_gradient = reference(HIDDEN, dense, TARGETS)
+    np.testing.assert_allclose(np.array(losses), expected, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(np.array(gradient), expected_gradient, rtol=1e-4, atol=1e-4)
