@@ -43,7 +43,9 @@ class LoraSpec:
     dropout: float = 0.0
 
     @classmethod
-    def uniform(cls, layers: dict[str, tuple[int, int]], *, rank: int, alpha: float, dropout: float = 0.0) -> "LoraSpec":
+    def uniform(
+        cls, layers: dict[str, tuple[int, int]], *, rank: int, alpha: float, dropout: float = 0.0
+    ) -> "LoraSpec":
         return cls(layers, dict.fromkeys(layers, rank), dict.fromkeys(layers, alpha / rank), dropout)
 
     @property
@@ -153,7 +155,9 @@ def save_adapter(folder: Path, arrays: Arrays, config: dict[str, Any]) -> None:
     write_safetensors(folder / WEIGHTS_FILE, arrays, {"format": "pt"})
 
 
-def peft_config(spec: LoraSpec, *, rank: int, alpha: float, num_blocks: int, base: str, revision: str | None) -> dict[str, Any]:
+def peft_config(
+    spec: LoraSpec, *, rank: int, alpha: float, num_blocks: int, base: str, revision: str | None
+) -> dict[str, Any]:
     """adapter_config.json as PEFT 0.21 reads it.
 
     `layers_to_transform` is written only when some blocks are left out, since not every reader knows it.
@@ -268,8 +272,14 @@ def _scale(config: dict[str, Any], module: str, rank: int) -> float:
 def _refuse_unknown(folder: Path, config: dict[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
         raise FishError(f"{folder} holds a {config.get('peft_type')} adapter; LORA was expected.")
-    unsupported = [name for name in ("use_dora", "modules_to_save", "trainable_token_indices", "fan_in_fan_out") if config.get(name)]
+    unsupported = [
+        name
+        for name in ("use_dora", "modules_to_save", "trainable_token_indices", "fan_in_fan_out")
+        if config.get(name)
+    ]
     if config.get("bias", "none") != "none":
         unsupported.append("bias")
     if unsupported:
-        raise FishError(f"{folder / CONFIG_FILE} uses {', '.join(unsupported)}, which mlx-fish does not compute; plain LoRA was expected.")
+        raise FishError(
+            f"{folder / CONFIG_FILE} uses {', '.join(unsupported)}, which mlx-fish does not compute; plain LoRA was expected."
+        )

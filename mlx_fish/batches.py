@@ -98,7 +98,10 @@ class Updates:
         """The micro-batches of update `step`, counted from 0."""
         epoch, place = divmod(step, self.per_epoch)
         indices = self._order(epoch)[place]
-        return [make_batch([self.rows[i] for i in indices[at : at + self.batch_size]]) for at in range(0, len(indices), self.batch_size)]
+        return [
+            make_batch([self.rows[i] for i in indices[at : at + self.batch_size]])
+            for at in range(0, len(indices), self.batch_size)
+        ]
 
     def _order_of_epoch(self, epoch: int) -> list[list[int]]:
         generator = np.random.default_rng([self.seed, epoch])

@@ -1,6 +1,6 @@
 """Checkpoints: whole or not at all, the last k kept. Knows nothing of how the arrays came about.
 
-    checkpoints/step-00000010/   adapter_model.safetensors  adapter_config.json  optimizer.safetensors  state.json  manifest.json
+checkpoints/step-00000010/   adapter_model.safetensors  adapter_config.json  optimizer.safetensors  state.json  manifest.json
 """
 
 import hashlib
@@ -19,7 +19,14 @@ _NAME = re.compile(r"step-(\d{8})")
 
 
 def save_checkpoint(
-    folder: Path, step: int, *, adapter: Arrays, adapter_config: dict[str, Any], optimizer: Arrays, state: dict[str, Any], keep: int = 2
+    folder: Path,
+    step: int,
+    *,
+    adapter: Arrays,
+    adapter_config: dict[str, Any],
+    optimizer: Arrays,
+    state: dict[str, Any],
+    keep: int = 2,
 ) -> Path:
     """Write `folder/step-N` with a sha256 of every file, then remove all but the newest `keep`."""
     target = folder / f"step-{step:08d}"

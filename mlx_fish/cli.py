@@ -64,9 +64,17 @@ def main(debug: bool) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write.  [default: models/<name>-mlx]")
 @click.option("--dtype", type=DTYPES, help="Type of the weights.  [default: the source's]")
 @click.option("-q", "--quantize", "bits", type=click.Choice(["4", "8"]), help="Quantise to so many bits (needs MLX).")
-@click.option("--group-size", type=click.Choice(["32", "64", "128"]), default="64", show_default=True, help="Weights that share a scale.")
+@click.option(
+    "--group-size",
+    type=click.Choice(["32", "64", "128"]),
+    default="64",
+    show_default=True,
+    help="Weights that share a scale.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace the folder if mlx-fish made it.")
-def convert(model: str | None, out: Path | None, dtype: str | None, bits: str | None, group_size: str, overwrite: bool) -> None:
+def convert(
+    model: str | None, out: Path | None, dtype: str | None, bits: str | None, group_size: str, overwrite: bool
+) -> None:
     """Make an MLX folder of a Hugging Face model or a GGUF file."""
     from mlx_fish.convert import convert as run
 
@@ -105,7 +113,9 @@ def train_options(command: Callable[..., None]) -> Callable[..., None]:
 
 @main.command()
 @train_options
-@click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings; flags override it.")
+@click.option(
+    "--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings; flags override it."
+)
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would be trained, and write nothing.")
 def train(config_file: Path | None, dry_run: bool, **flags: Any) -> None:
     """Tune a model with LoRA; writes a PEFT adapter."""
@@ -120,16 +130,40 @@ def train(config_file: Path | None, dry_run: bool, **flags: Any) -> None:
 @main.command()
 @click.option("-p", "--prompt", help="The question.")
 @click.option("--input", "further", default="", help="Further material for the question.")
-@click.option("--questions", type=click.Path(path_type=Path), help="Answer a file of questions, one a line, in one batched pass.")
-@click.option("--out", type=click.Path(path_type=Path), help="Where the answers to --questions go, as JSON lines.  [default: stdout]")
+@click.option(
+    "--questions", type=click.Path(path_type=Path), help="Answer a file of questions, one a line, in one batched pass."
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Where the answers to --questions go, as JSON lines.  [default: stdout]",
+)
 @click.option("--model", help="Base model.  [default: the one that the adapter was trained on]")
-@click.option("--adapter", type=click.Path(path_type=Path), help="Adapter folder.  [default: finetuned_model, if it is there]")
+@click.option(
+    "--adapter", type=click.Path(path_type=Path), help="Adapter folder.  [default: finetuned_model, if it is there]"
+)
 @click.option("--no-adapter", is_flag=True, help="Answer with the base model.")
 @click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer.")
-@click.option("--temp", type=click.FloatRange(0), default=0.0, show_default=True, help="Temperature; 0 takes the likeliest token.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, help="Sample from this share of probability.")
-@click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="Sample from the k likeliest tokens; 0: all.")
-@click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True, help="Above 1: repeat less; as in transformers.")
+@click.option(
+    "--temp", type=click.FloatRange(0), default=0.0, show_default=True, help="Temperature; 0 takes the likeliest token."
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Sample from this share of probability.",
+)
+@click.option(
+    "--top-k", type=click.IntRange(0), default=0, show_default=True, help="Sample from the k likeliest tokens; 0: all."
+)
+@click.option(
+    "--repetition-penalty",
+    type=click.FloatRange(0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Above 1: repeat less; as in transformers.",
+)
 @click.option("--seed", type=click.IntRange(0), default=42, show_default=True, help="For sampling.")
 @click.option("--system", default="", help="A system prompt.")
 @click.option("--compare", is_flag=True, help="Put the base's answer beside the tuned one's.")
@@ -189,12 +223,22 @@ def generate(
 
 @main.command()
 @click.option("--data", help="A file, a folder, or a data set's name.  [default: fish_care]")
-@click.option("--split", type=click.Choice(["train", "valid", "test", "all"]), default="test", show_default=True, help="Rows to use.")
+@click.option(
+    "--split",
+    type=click.Choice(["train", "valid", "test", "all"]),
+    default="test",
+    show_default=True,
+    help="Rows to use.",
+)
 @click.option("--model", help="Base model.  [default: the one that the adapter was trained on]")
-@click.option("--adapter", type=click.Path(path_type=Path), help="Adapter folder.  [default: finetuned_model, if it is there]")
+@click.option(
+    "--adapter", type=click.Path(path_type=Path), help="Adapter folder.  [default: finetuned_model, if it is there]"
+)
 @click.option("--no-adapter", is_flag=True, help="Evaluate the base model alone.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def evaluate(data: str | None, split: str, model: str | None, adapter: Path | None, no_adapter: bool, as_json: bool) -> None:
+def evaluate(
+    data: str | None, split: str, model: str | None, adapter: Path | None, no_adapter: bool, as_json: bool
+) -> None:
     """Loss and perplexity over supervised tokens, base beside tuned."""
     from mlx_fish.evaluate import evaluate as run
 
@@ -213,7 +257,9 @@ def evaluate(data: str | None, split: str, model: str | None, adapter: Path | No
 @click.option("--to-hf", is_flag=True, help="Write a Hugging Face folder (safetensors).")
 @click.option("--model", help="Base model.  [default: the one that the adapter was trained on]")
 @click.option("--adapter", type=click.Path(path_type=Path), help="Adapter folder.  [default: finetuned_model]")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("fused_model"), show_default=True, help="Folder to write.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("fused_model"), show_default=True, help="Folder to write."
+)
 @click.option("--dtype", type=DTYPES, help="Type of the weights.  [default: the base's]")
 @click.option("--overwrite", is_flag=True, help="Replace the folder if mlx-fish made it.")
 def fuse(to_hf: bool, model: str | None, adapter: Path | None, out: Path, dtype: str | None, overwrite: bool) -> None:
@@ -228,13 +274,24 @@ def fuse(to_hf: bool, model: str | None, adapter: Path | None, out: Path, dtype:
     place = find_adapter(adapter or DEFAULT_OUTPUT)
     assert place is not None
     with byte_bar("fusing") as progress:
-        result = run(base=base_of(place, model), adapter=load_adapter(place), out=out, dtype=dtype, overwrite=overwrite, progress=progress)
-    say(f"{result.path}: {result.layers} layers merged, {result.dtype}, {result.num_bytes / 1e9:.2f} GB, {result.seconds:.1f} s")
+        result = run(
+            base=base_of(place, model),
+            adapter=load_adapter(place),
+            out=out,
+            dtype=dtype,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    say(
+        f"{result.path}: {result.layers} layers merged, {result.dtype}, {result.num_bytes / 1e9:.2f} GB, {result.seconds:.1f} s"
+    )
     if result.original:
         say(f"the base is quantised, so its original {result.original} was used")
     elif result.expanded:
         say("the base is quantised, so its values were expanded; the result is not quantised")
-    say(f"{result.kept:.1%} of the adapter's change survives in {result.dtype}; it altered {result.changed:.1%} of the adapted weights")
+    say(
+        f"{result.kept:.1%} of the adapter's change survives in {result.dtype}; it altered {result.changed:.1%} of the adapted weights"
+    )
     if result.kept < 0.95:
         say(f"! {result.dtype} swallows part of this adapter; --dtype float32 keeps all of it")
     click.echo(str(result.path))
@@ -249,7 +306,9 @@ class byte_bar:  # noqa: N801 (used like a function)
     def __enter__(self) -> Callable[[int, int], None]:
         from tqdm import tqdm
 
-        self.bar = tqdm(desc=self.title, unit="B", unit_scale=True, file=sys.stderr, leave=False, mininterval=0.2, disable=None)
+        self.bar = tqdm(
+            desc=self.title, unit="B", unit_scale=True, file=sys.stderr, leave=False, mininterval=0.2, disable=None
+        )
         return self._progress
 
     def _progress(self, done: int, total: int) -> None:

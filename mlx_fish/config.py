@@ -13,7 +13,9 @@ from mlx_fish.errors import FishError, did_you_mean
 SCHEDULES = ("linear", "cosine", "constant")
 
 
-def setting(default: Any, help: str, *, also: tuple[str, ...] = (), choices: tuple[str, ...] = (), least: float | None = None) -> Any:
+def setting(
+    default: Any, help: str, *, also: tuple[str, ...] = (), choices: tuple[str, ...] = (), least: float | None = None
+) -> Any:
     """A field with what the command line needs: its help, other names, its choices, the smallest value allowed."""
     return field(default=default, metadata={"help": help, "also": also, "choices": choices, "least": least})
 
@@ -23,9 +25,15 @@ class TrainConfig:
     """Every setting of `mlx-fish train`, with its default."""
 
     model: str | None = setting(
-        None, "Model: a Hub id, a folder, or `tiny`. [default: the last converted, else Qwen/Qwen2-0.5B]", also=("model_name_or_path",)
+        None,
+        "Model: a Hub id, a folder, or `tiny`. [default: the last converted, else Qwen/Qwen2-0.5B]",
+        also=("model_name_or_path",),
     )
-    data: str = setting("fish_care", "A .jsonl/.json file, a folder of train/valid/test files, or a name in dataset_info.json.", also=("dataset",))
+    data: str = setting(
+        "fish_care",
+        "A .jsonl/.json file, a folder of train/valid/test files, or a name in dataset_info.json.",
+        also=("dataset",),
+    )
     output_dir: str = setting("finetuned_model", "Where the adapter, logs and checkpoints go.")
     iters: int | None = setting(None, "Optimizer updates; overrides --epochs.", also=("max_steps",), least=1)
     epochs: float = setting(3.0, "Passes over the training rows.", also=("num_train_epochs",), least=0.0)
@@ -33,16 +41,26 @@ class TrainConfig:
     grad_accumulation: int = setting(1, "Micro-batches an update.", also=("gradient_accumulation_steps",), least=1)
     learning_rate: float = setting(2e-4, "Peak learning rate.", least=0.0)
     warmup: int = setting(0, "Updates over which the learning rate rises to its peak.", also=("warmup_steps",), least=0)
-    schedule: str = setting("cosine", "How the learning rate falls after the warm-up.", also=("lr_scheduler_type",), choices=SCHEDULES)
+    schedule: str = setting(
+        "cosine", "How the learning rate falls after the warm-up.", also=("lr_scheduler_type",), choices=SCHEDULES
+    )
     lora_rank: int = setting(8, "Rank r of the adapter.", least=1)
     lora_alpha: float = setting(16.0, "The adapter is scaled by alpha / r.", least=0.0)
     lora_dropout: float = setting(0.0, "Share of LoRA's input zeroed in training.", least=0.0)
     lora_target: str = setting("all", "Linear layers to adapt: `all`, or names such as q_proj,v_proj.")
     num_layers: int | None = setting(None, "Adapt only the last N blocks. [default: all]", least=1)
-    max_seq_length: int = setting(2048, "Longest row in tokens; a longer one is cut, and reported.", also=("cutoff_len",), least=2)
-    template: str = setting("auto", "Prompt format: auto, chat (the tokenizer's own), alpaca, qwen, chatml, default, empty.")
-    eval_every: int | None = setting(None, "Validate every N updates. [default: before the first and after the last]", also=("eval_steps",), least=1)
-    eval_rows: int | None = setting(None, "Validation rows used, always the same. [default: all, fewer in a short run]", least=1)
+    max_seq_length: int = setting(
+        2048, "Longest row in tokens; a longer one is cut, and reported.", also=("cutoff_len",), least=2
+    )
+    template: str = setting(
+        "auto", "Prompt format: auto, chat (the tokenizer's own), alpaca, qwen, chatml, default, empty."
+    )
+    eval_every: int | None = setting(
+        None, "Validate every N updates. [default: before the first and after the last]", also=("eval_steps",), least=1
+    )
+    eval_rows: int | None = setting(
+        None, "Validation rows used, always the same. [default: all, fewer in a short run]", least=1
+    )
     save_every: int = setting(100, "Write a checkpoint every N updates, and at the end.", also=("save_steps",), least=1)
     logging_steps: int = setting(1, "Report every N updates.", least=1)
     seed: int = setting(42, "Decides the adapter's start, the order of rows and the dropout.", least=0)
@@ -56,7 +74,9 @@ class TrainConfig:
         if not self.lora_dropout < 1:
             raise FishError(f"--lora-dropout {self.lora_dropout}: expected 0 up to below 1.")
         if self.lora_alpha == 0:
-            raise FishError("--lora-alpha 0 switches the adapter off; give a positive number (twice the rank is usual).")
+            raise FishError(
+                "--lora-alpha 0 switches the adapter off; give a positive number (twice the rank is usual)."
+            )
 
     def _check(self, item: "dataclasses.Field[Any]", value: Any) -> None:
         flag = flag_name(item.name)
@@ -80,7 +100,9 @@ _KIND_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "tru
 
 def kind_of(item: "dataclasses.Field[Any]") -> type:
     """The plain type of a field: `int | None` -> int."""
-    return {"int": int, "float": float, "str": str, "bool": bool}[str(item.type).split(" | ")[0].removeprefix("<class '").removesuffix("'>")]
+    return {"int": int, "float": float, "str": str, "bool": bool}[
+        str(item.type).split(" | ")[0].removeprefix("<class '").removesuffix("'>")
+    ]
 
 
 def flag_name(name: str) -> str:

@@ -105,7 +105,9 @@ def _load_folder(folder: Path) -> Dataset:
             if path.is_file():
                 splits[split], hashes[path.name] = read_file(path)
     if "train" not in splits and "test" not in splits:
-        raise FishError(f"{folder} has no train.jsonl; name a file, or put train.jsonl (and valid, test) into the folder.")
+        raise FishError(
+            f"{folder} has no train.jsonl; name a file, or put train.jsonl (and valid, test) into the folder."
+        )
     return Dataset(str(folder), {split: splits.get(split, []) for split in SPLITS}, hashes)
 
 
@@ -142,7 +144,9 @@ def read_file(path: Path, columns: Columns | None = None) -> tuple[list[Example]
     if mistakes:
         raise FishError("\n".join(mistakes))
     if not examples:
-        raise FishError(f'{path} holds no rows; one JSON object a line was expected, such as {{"question": "…", "answer": "…"}}.')
+        raise FishError(
+            f'{path} holds no rows; one JSON object a line was expected, such as {{"question": "…", "answer": "…"}}.'
+        )
     return examples, digest.hexdigest()
 
 
@@ -156,7 +160,10 @@ def _rows(path: Path, digest: Any) -> Iterator[tuple[str, Any]]:
             if isinstance(rows, RowError):
                 yield str(path), rows
             elif not isinstance(rows, list):
-                yield str(path), RowError("an array of objects was expected in a .json file (one object a line: name it .jsonl)")
+                yield (
+                    str(path),
+                    RowError("an array of objects was expected in a .json file (one object a line: name it .jsonl)"),
+                )
             else:
                 yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
             return
@@ -167,7 +174,10 @@ def _rows(path: Path, digest: Any) -> Iterator[tuple[str, Any]]:
                 digest.update(line)
                 where = f"{path}:{number}"
                 if len(line) > MAX_LINE_BYTES:
-                    yield where, RowError(f"the line is longer than {MAX_LINE_BYTES >> 20} MB; one row a line was expected")
+                    yield (
+                        where,
+                        RowError(f"the line is longer than {MAX_LINE_BYTES >> 20} MB; one row a line was expected"),
+                    )
                     return
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
@@ -291,7 +301,9 @@ def _from_messages(row: dict[str, Any], columns: Columns) -> list[Turn]:
         role = message.get(columns.role_tag)
         if not isinstance(role, str) or role not in roles:
             hint = did_you_mean(role, roles) if isinstance(role, str) else ""
-            raise RowError(f"turn {number} has the unknown {columns.role_tag} {role!r}; expected {', '.join(roles)}.{hint}")
+            raise RowError(
+                f"turn {number} has the unknown {columns.role_tag} {role!r}; expected {', '.join(roles)}.{hint}"
+            )
         try:
             turns.append(Turn(roles[role], _text(message, columns.content_tag)))
         except RowError as error:

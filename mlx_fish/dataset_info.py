@@ -54,7 +54,9 @@ def find_entry(name: str, folders: list[Path]) -> tuple[Path, Columns]:
             return _read_entry(folder, name, info[name])
         known += info
     hint = did_you_mean(name, known)
-    looked = f"data sets known by name: {', '.join(dict.fromkeys(known))}" if known else f"no {FILE_NAME} was found either"
+    looked = (
+        f"data sets known by name: {', '.join(dict.fromkeys(known))}" if known else f"no {FILE_NAME} was found either"
+    )
     raise FishError(f"--data {name}: there is no such file or folder ({looked}).{hint}")
 
 
@@ -64,7 +66,9 @@ def _read_entry(folder: Path, name: str, entry: Any) -> tuple[Path, Columns]:
         raise FishError(f"{place} has no `file_name`; only data sets in local files are read.")
     unknown = [key for key in entry if key not in _KNOWN_KEYS and entry[key]]
     if unknown:
-        raise FishError(f"{place} asks for {', '.join(unknown)}, which mlx-fish does not support; remove it or give the file itself.")
+        raise FishError(
+            f"{place} asks for {', '.join(unknown)}, which mlx-fish does not support; remove it or give the file itself."
+        )
     path = folder / entry["file_name"]
     if not path.resolve().is_relative_to(folder.resolve()):
         raise FishError(f"{place} names a file outside its folder ({entry['file_name']}).")

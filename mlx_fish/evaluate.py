@@ -29,12 +29,25 @@ class Evaluation:
         return math.exp(min(self.loss, 700.0))
 
     def as_json(self) -> dict[str, Any]:
-        own = {"loss": self.loss, "perplexity": self.perplexity, "supervised_tokens": self.supervised_tokens, "rows": self.rows}
-        return {**own, "base": self.base.as_json() | {} if self.base else None}
+        return {**self._figures(), "base": self.base._figures() if self.base else None}
+
+    def _figures(self) -> dict[str, float]:
+        return {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "supervised_tokens": self.supervised_tokens,
+            "rows": self.rows,
+        }
 
 
 def evaluate(
-    *, data: str | None, split: str | None, model: str | None, adapter: Path | None, no_adapter: bool, max_seq_length: int = 2048
+    *,
+    data: str | None,
+    split: str | None,
+    model: str | None,
+    adapter: Path | None,
+    no_adapter: bool,
+    max_seq_length: int = 2048,
 ) -> Evaluation:
     """Evaluate one split of a data set (default: test).
 

@@ -73,7 +73,9 @@ def check_target(target: Path, *, marker: str, overwrite: bool) -> None:
     if not overwrite:
         raise FishError(f"{target} already exists; use --overwrite to replace it, or another --out.")
     if not (target / marker).is_file():
-        raise FishError(f"{target} was not made by mlx-fish (no {marker} in it), so it is not replaced; use another --out.")
+        raise FishError(
+            f"{target} was not made by mlx-fish (no {marker} in it), so it is not replaced; use another --out."
+        )
 
 
 @contextmanager

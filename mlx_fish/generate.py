@@ -51,7 +51,13 @@ def read_questions(path: Path) -> list[str]:
 
 
 def answer_many(
-    session: Session, backend: Backend, questions: list[str], sampling: Sampling, *, system: str = "", compare: bool = False
+    session: Session,
+    backend: Backend,
+    questions: list[str],
+    sampling: Sampling,
+    *,
+    system: str = "",
+    compare: bool = False,
 ) -> list[dict[str, Any]]:
     """`{"question", "answer"}` for each question, all in one batched pass; with `compare` also `"base"`, without the adapter."""
     prompts = [session.template.prompt_ids(turns_of(question, system=system)) for question in questions]
@@ -60,7 +66,9 @@ def answer_many(
         found = backend.generate_batch(prompts, sampling, session.end_ids)
         return [str(session.template.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in found]
 
-    rows: list[dict[str, Any]] = [{"question": question, "answer": answer} for question, answer in zip(questions, answers(), strict=True)]
+    rows: list[dict[str, Any]] = [
+        {"question": question, "answer": answer} for question, answer in zip(questions, answers(), strict=True)
+    ]
     if compare:
         backend.use_adapter(False)
         for row, answer in zip(rows, answers(), strict=True):

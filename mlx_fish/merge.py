@@ -29,10 +29,11 @@ class Survival:
         kept = 1 - sqrt(max(0, |e|^2 - |cast(W) - W|^2)) / |d|
 
     that is, one minus the error that merging added, measured by the adapter's own size. What the cast costs the base
-    alone is not the adapter's loss, hence the second term; it is 0 when the base is stored in that type already. The
-    projection of the stored change on d would be kinder, and misleading: a base that is rounded already moves by whole
-    steps or not at all, and the projection stays high (0.9 where four weights of five did not move) while the error does
-    too.
+    alone is not the adapter's loss, hence the second term; it is 0 when the base is stored in that type already.
+
+    Measured (Qwen2-0.5B in bfloat16, random rank 8 adapters): at kept 0.27, 0.52 and 0.84 the logits' error was 0.63,
+    0.37 and 0.11 of the adapter's effect on them. The projection of the stored change on d would be kinder and hide
+    that: weights that are rounded already move by whole steps or not at all, which keeps the sum right on average.
     """
 
     delta_squares: float = 0.0

@@ -44,19 +44,30 @@ class Report:
             bar_format="{desc}{percentage:3.0f}%|{bar:16}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
         )
 
-    def update(self, step: int, *, loss: float, learning_rate: float, grad_norm: float, tokens: int, seconds: float, peak: int) -> None:
+    def update(
+        self, step: int, *, loss: float, learning_rate: float, grad_norm: float, tokens: int, seconds: float, peak: int
+    ) -> None:
         """After update `step` (from 1): `tokens` real input tokens in `seconds`, `peak` bytes held at the most."""
         self.losses.append((step, loss))
         self._pending.append(loss)
         self.tokens += tokens
         self.training_seconds += seconds
         rate = self.tokens / self.training_seconds
-        self._bar.set_postfix_str(f"loss {loss:.3f}  lr {learning_rate:.1e}  {rate:.0f} tok/s  peak {peak / 1e9:.2f} GB", refresh=False)
+        self._bar.set_postfix_str(
+            f"loss {loss:.3f}  lr {learning_rate:.1e}  {rate:.0f} tok/s  peak {peak / 1e9:.2f} GB", refresh=False
+        )
         self._bar.update()
         if step % self.logging_steps == 0 or step == self.total:
             mean = sum(self._pending) / len(self._pending)
             self._pending = []
-            self._write(step, loss=mean, lr=learning_rate, grad_norm=grad_norm, throughput=round(rate, 2), total_tokens=self.tokens)
+            self._write(
+                step,
+                loss=mean,
+                lr=learning_rate,
+                grad_norm=grad_norm,
+                throughput=round(rate, 2),
+                total_tokens=self.tokens,
+            )
 
     def validated(self, step: int, loss: float) -> None:
         self.eval_losses.append((step, loss))
@@ -97,13 +108,29 @@ def draw(folder: Path, losses: list[tuple[int, float]], eval_losses: list[tuple[
     steps = [step for step, _ in losses]
     values = [loss for _, loss in losses]
     few = len(steps) <= 20
-    axes.plot(steps, values, color="#9ecae1", linewidth=1, marker="o" if few else None, markersize=3, label="training, each update")
+    axes.plot(
+        steps,
+        values,
+        color="#9ecae1",
+        linewidth=1,
+        marker="o" if few else None,
+        markersize=3,
+        label="training, each update",
+    )
     if not few:
-        axes.plot(steps, _running_mean(values, max(5, len(values) // 20)), color="#2171b5", linewidth=2, label="training, running mean")
+        axes.plot(
+            steps,
+            _running_mean(values, max(5, len(values) // 20)),
+            color="#2171b5",
+            linewidth=2,
+            label="training, running mean",
+        )
     if eval_losses:
         axes.plot(*zip(*eval_losses, strict=True), color="#d94801", marker="o", linewidth=1.5, label="validation")
         for step, loss in (eval_losses[0], eval_losses[-1]):
-            axes.annotate(f"{loss:.3f}", (step, loss), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8)
+            axes.annotate(
+                f"{loss:.3f}", (step, loss), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8
+            )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="optimizer updates", ylabel="loss (nats a token)")
     axes.grid(alpha=0.25)

@@ -18,7 +18,9 @@ def check_free(output: Path, *, overwrite: bool) -> None:
     if not any(output.iterdir()):
         return
     if not (output / RUN_FILE).is_file():
-        raise FishError(f"--output-dir {output} holds files that are no run of mlx-fish (no {RUN_FILE}); name another folder.")
+        raise FishError(
+            f"--output-dir {output} holds files that are no run of mlx-fish (no {RUN_FILE}); name another folder."
+        )
     if not overwrite:
         raise FishError(f"{output} already holds a run; use --overwrite to replace it, or another --output-dir.")
 
@@ -39,7 +41,9 @@ def find_adapter(adapter: Path | None) -> Path | None:
     if adapter is None:
         return DEFAULT_OUTPUT if (DEFAULT_OUTPUT / WEIGHTS_FILE).is_file() else None
     if not (adapter / WEIGHTS_FILE).is_file() or not (adapter / CONFIG_FILE).is_file():
-        near = [path.parent.name for path in adapter.parent.glob(f"*/{WEIGHTS_FILE}")] if adapter.parent.is_dir() else []
+        near = (
+            [path.parent.name for path in adapter.parent.glob(f"*/{WEIGHTS_FILE}")] if adapter.parent.is_dir() else []
+        )
         raise FishError(
             f"--adapter {adapter}: a folder with {WEIGHTS_FILE} and {CONFIG_FILE} was expected; run `mlx-fish train` first."
             f"{did_you_mean(adapter.name, near)}"

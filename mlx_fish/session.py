@@ -64,7 +64,9 @@ def load_session(*, model: str | None, adapter: Path | None, no_adapter: bool) -
     run = read_run(place)
     expected = run.get("base", {}).get("fingerprint")
     if expected and expected != folder.fingerprint:
-        say(f"! the adapter was trained on {run['base']['name']}, and {folder.name} has other weights of the same shape.")
+        say(
+            f"! the adapter was trained on {run['base']['name']}, and {folder.name} has other weights of the same shape."
+        )
     name = run.get("template", {}).get("name", "auto")
     tokenizer = load_tokenizer(folder)
     if name not in BUILT_IN and name != "auto":

@@ -119,7 +119,9 @@ def load_tokenizer(folder: ModelFolder) -> Any:
 
     transformers.utils.logging.set_verbosity_error()
     try:
-        return transformers.AutoTokenizer.from_pretrained(str(folder.path), local_files_only=True, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(
+            str(folder.path), local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # whatever a foreign tokenizer.json makes the library raise
         raise FishError(f"the tokenizer in {folder.path} cannot be loaded ({error}).") from error
 
@@ -147,9 +149,15 @@ class Template:
             self.end_token = self._find_end_token()
         ids = tokenizer.encode(self.end_token, add_special_tokens=False)
         if len(ids) != 1:
-            raise FishError(f"template {name} ends an answer with {self.end_token}, which this model's tokenizer lacks; use another --template.")
+            raise FishError(
+                f"template {name} ends an answer with {self.end_token}, which this model's tokenizer lacks; use another --template."
+            )
         self.end_token_id = int(ids[0])
-        self._specials = [str(token) for token in tokenizer.get_added_vocab() if token in tokenizer.all_special_tokens or token == self.end_token]
+        self._specials = [
+            str(token)
+            for token in tokenizer.get_added_vocab()
+            if token in tokenizer.all_special_tokens or token == self.end_token
+        ]
 
     def prompt(self, turns: tuple[Turn, ...]) -> str:
         """The text that asks for the next answer."""
@@ -183,7 +191,10 @@ class Template:
             ids.pop()
             supervised.pop()
         tokens = Tokens(
-            np.array(ids[:max_length], np.int32), np.array(supervised[:max_length], np.bool_), example.where, len(ids) > max_length
+            np.array(ids[:max_length], np.int32),
+            np.array(supervised[:max_length], np.bool_),
+            example.where,
+            len(ids) > max_length,
         )
         if tokens.num_supervised == 0:
             raise FishError(
@@ -202,29 +213,38 @@ class Template:
             prefix = self._render(turns[:number], add_generation_prompt=True)
             whole = self._render(turns[: number + 1], add_generation_prompt=False)
             if not prefix.startswith(done) or not whole.startswith(prefix):
-                raise FishError(f"{where}: template {self.name} changes earlier turns when a later one comes; use --template chatml or another.")
+                raise FishError(
+                    f"{where}: template {self.name} changes earlier turns when a later one comes; use --template chatml or another."
+                )
             answer, end, rest = whole[len(prefix) :].rpartition(self.end_token)
             if not end or answer not in (turn.content, turn.content.strip()):
-                raise FishError(f"{where}: template {self.name} does not render the answer as it is; use --template chatml or another.")
+                raise FishError(
+                    f"{where}: template {self.name} does not render the answer as it is; use --template chatml or another."
+                )
             segments += [(prefix[len(done) :], False), (answer + end, True)]
             done = whole[: len(whole) - len(rest)]
         tail = self._render(turns, add_generation_prompt=turns[-1].role != "assistant")
         if not tail.startswith(done):
-            raise FishError(f"{where}: template {self.name} changes earlier turns when a later one comes; use --template chatml or another.")
+            raise FishError(
+                f"{where}: template {self.name} changes earlier turns when a later one comes; use --template chatml or another."
+            )
         if tail[len(done) :]:
             segments.append((tail[len(done) :], False))
         return segments
 
     def _render(self, turns: tuple[Turn, ...], *, add_generation_prompt: bool) -> str:
         messages = [
-            {"role": turn.role, "content": turn.content + (self.input_joiner + turn.input if turn.input else "")} for turn in turns
+            {"role": turn.role, "content": turn.content + (self.input_joiner + turn.input if turn.input else "")}
+            for turn in turns
         ]
         try:
             text: str = self.tokenizer.apply_chat_template(
                 messages, chat_template=self.jinja, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except Exception as error:  # Jinja's errors, and what a template raises by itself
-            raise FishError(f"template {self.name} cannot render this conversation ({error}); use another --template.") from error
+            raise FishError(
+                f"template {self.name} cannot render this conversation ({error}); use another --template."
+            ) from error
         return text
 
     def _encode(self, text: str) -> list[int]:
@@ -237,13 +257,17 @@ class Template:
         _, found, rest = self._render(turns, add_generation_prompt=False).rpartition(mark)
         specials = [token for token in self.tokenizer.get_added_vocab() if found and rest.startswith(token)]
         if not specials:
-            raise FishError("the tokenizer's own chat template writes no end token after an answer; use --template chatml or alpaca.")
+            raise FishError(
+                "the tokenizer's own chat template writes no end token after an answer; use --template chatml or alpaca."
+            )
         return str(max(specials, key=len))
 
     def _refuse_specials(self, turn: Turn, where: str) -> None:
         for token in self._specials:
             if token in turn.content or token in turn.input:
-                raise FishError(f"{where}: the {turn.role} turn contains {token}, which the model reads as a control token; remove it.")
+                raise FishError(
+                    f"{where}: the {turn.role} turn contains {token}, which the model reads as a control token; remove it."
+                )
 
 
 def choose_template(name: str, tokenizer: Any, folder: ModelFolder) -> Template:
@@ -267,7 +291,9 @@ def _bind(jinja: str, tokenizer: Any) -> str:
     """Put the tokenizer's own EOS, and BOS where it adds one by itself, into the text as literals."""
     with_bos = tokenizer.encode("a", add_special_tokens=True)[:1] == [tokenizer.bos_token_id]
     bos = repr(tokenizer.bos_token) if with_bos and tokenizer.bos_token else "''"
-    return jinja.replace("EOS", repr(_eos(tokenizer)) if "EOS" in jinja else "").replace("{{- BOS -}}", f"{{{{- {bos} -}}}}" if with_bos else "")
+    return jinja.replace("EOS", repr(_eos(tokenizer)) if "EOS" in jinja else "").replace(
+        "{{- BOS -}}", f"{{{{- {bos} -}}}}" if with_bos else ""
+    )
 
 
 def _eos(tokenizer: Any) -> str:

@@ -63,7 +63,9 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
     check_free(output, overwrite=config.overwrite)
     dataset = load_dataset(config.data)
     if not dataset.splits["train"]:
-        raise FishError(f"--data {config.data} has no training rows (a single file is split 80/10/10 by content); add rows.")
+        raise FishError(
+            f"--data {config.data} has no training rows (a single file is split 80/10/10 by content); add rows."
+        )
     plan = make_plan(config, find_model(config.model), dataset)
     describe(plan)
     if dry_run:
@@ -87,7 +89,9 @@ def make_plan(config: TrainConfig, folder: ModelFolder, dataset: Dataset) -> Pla
     valid_rows = [template.tokens(example, config.max_seq_length) for example in dataset.splits["valid"]]
     updates = Updates(rows, batch_size=config.batch_size, accumulation=config.grad_accumulation, seed=config.seed)
     iters = config.iters or max(1, math.ceil(config.epochs * updates.per_epoch))
-    limit = config.eval_rows or (len(valid_rows) if iters >= updates.per_epoch else max(4, len(valid_rows) * iters // updates.per_epoch))
+    limit = config.eval_rows or (
+        len(valid_rows) if iters >= updates.per_epoch else max(4, len(valid_rows) * iters // updates.per_epoch)
+    )
     return Plan(
         config=config,
         folder=folder,
@@ -125,7 +129,9 @@ def describe(plan: Plan) -> None:
         f"({plan.iters / plan.updates.per_epoch:.2f} epochs), learning rate {config.learning_rate:g}, {config.schedule}"
     )
     if cut:
-        say(f"! {len(cut)} rows are longer than --max-seq-length {config.max_seq_length} and were cut, without an end token: {', '.join(cut[:3])}…")
+        say(
+            f"! {len(cut)} rows are longer than --max-seq-length {config.max_seq_length} and were cut, without an end token: {', '.join(cut[:3])}…"
+        )
     if not plan.valid_rows:
         say("! no validation rows: the data set is too small to hold some out")
 
@@ -171,7 +177,9 @@ def _run(plan: Plan, backend: Backend, output: Path) -> dict[str, Any]:
         backend.reset_peak_memory()
         batches = plan.updates[0]
         for step in range(plan.iters):
-            rate = learning_rate(step, peak=config.learning_rate, total=plan.iters, warmup=config.warmup, schedule=config.schedule)
+            rate = learning_rate(
+                step, peak=config.learning_rate, total=plan.iters, warmup=config.warmup, schedule=config.schedule
+            )
             started = time.monotonic()
             wait = backend.step(batches, rate, dropout_seeds(config.seed, step, len(batches)))
             following = plan.updates[step + 1] if step + 1 < plan.iters else []  # built while the step computes
@@ -277,10 +285,17 @@ def run_record(plan: Plan, results: dict[str, Any]) -> dict[str, Any]:
 def _close(plan: Plan, output: Path, results: dict[str, Any]) -> None:
     record = run_record(plan, results)
     write_json(output / RUN_FILE, record)
-    write_text(output / "README.md", adapter_card(Tuning.from_run(record, base=plan.folder.name, license=license_of(plan.folder.path))))
+    write_text(
+        output / "README.md",
+        adapter_card(Tuning.from_run(record, base=plan.folder.name, license=license_of(plan.folder.path))),
+    )
     say(f"\n  {SAMPLE_QUESTION}")
     say(f"  before: {results['before']}")
     say(f"  after:  {results['after']}\n")
-    say(f"  {results['tokens_per_second']:.0f} tokens/s, peak {results['peak_bytes'] / 1e9:.2f} GB, {results['seconds']:.0f} s; saved in {output}/")
+    say(
+        f"  {results['tokens_per_second']:.0f} tokens/s, peak {results['peak_bytes'] / 1e9:.2f} GB, {results['seconds']:.0f} s; saved in {output}/"
+    )
     where = "" if str(output) == "finetuned_model" else f" --adapter {output}"
-    say(f'\nNext:\n  mlx-fish generate{where} -p "{SAMPLE_QUESTION}"\n  mlx-fish evaluate{where}\n  mlx-fish fuse{where} --to-hf')
+    say(
+        f'\nNext:\n  mlx-fish generate{where} -p "{SAMPLE_QUESTION}"\n  mlx-fish evaluate{where}\n  mlx-fish fuse{where} --to-hf'
+    )

@@ -37,7 +37,9 @@ def test_every_row_once_an_epoch_whatever_the_split():
 def test_accumulation_splits_the_same_rows():
     whole, parts = (Updates(ROWS, batch_size=b, accumulation=a, seed=1) for b, a in ((4, 1), (1, 4)))
     for step in range(12):
-        assert [name for batch in whole[step] for name in batch.rows] == [name for batch in parts[step] for name in batch.rows]
+        assert [name for batch in whole[step] for name in batch.rows] == [
+            name for batch in parts[step] for name in batch.rows
+        ]
 
 
 def test_order_is_a_function_of_seed_and_epoch():

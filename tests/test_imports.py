@@ -12,6 +12,7 @@ FLOORS = [
     {"model_folder", "data", "gguf_reader"},
     {"adapter", "template", "gguf_model", "gguf_tokenizer"},
     {"batches", "run_folder", "hub"},
+    {"source"},
     {"merge", "model_card", "report", "checkpoint", "backends", "backends.mlx"},
     {"export", "export.hf", "session"},
     {"train", "generate", "convert", "fuse"},

@@ -113,8 +113,10 @@ def test_padding_changes_nothing(backend, rows):
     batch = make_batch(rows[:1])
     wide = np.full((1, batch.inputs.shape[1] + 40), 7, np.int32)
     wide[0, : batch.num_tokens] = batch.inputs[0, : batch.num_tokens]
-    padded = Batch(wide, batch.positions, batch.targets, batch.weights, batch.num_tokens, batch.num_supervised, batch.rows)
-    assert abs(backend.evaluate(batch) - backend.evaluate(padded)) < 1e-4
+    padded = Batch(
+        wide, batch.positions, batch.targets, batch.weights, batch.num_tokens, batch.num_supervised, batch.rows
+    )
+    assert abs(backend.evaluate(batch) / backend.evaluate(padded) - 1) < 1e-6
 
 
 def test_a_fresh_adapter_computes_the_base(tiny, spec, rows):
@@ -196,7 +198,9 @@ def test_greedy_answers_equal_transformers(tiny, template, penalty):
 
 def test_a_batch_answers_as_one_by_one(tiny, template):
     backend = load_backend(tiny)
-    prompts = [template.prompt_ids((Turn("user", text),)) for text in ("金鱼浮头", "新手适合养什么淡水观赏鱼？", "换水")]
+    prompts = [
+        template.prompt_ids((Turn("user", text),)) for text in ("金鱼浮头", "新手适合养什么淡水观赏鱼？", "换水")
+    ]
     sampling = Sampling(24, repetition_penalty=1.2)
     alone = [list(backend.generate(prompt, sampling, [template.end_token_id])) for prompt in prompts]
     assert backend.generate_batch(prompts, sampling, [template.end_token_id]) == alone
@@ -212,6 +216,10 @@ def test_sampling_keeps_what_transformers_keeps():
 
     scores = np.random.default_rng(0).normal(size=(1, 50)).astype(np.float32) * 3
     for k, p in ((5, 0.9), (50, 0.3), (1, 1.0)):
-        expected = TopPLogitsWarper(p)(None, TopKLogitsWarper(k)(None, torch.tensor(scores))) if p < 1 else TopKLogitsWarper(k)(None, torch.tensor(scores))
+        expected = (
+            TopPLogitsWarper(p)(None, TopKLogitsWarper(k)(None, torch.tensor(scores)))
+            if p < 1
+            else TopKLogitsWarper(k)(None, torch.tensor(scores))
+        )
         ours = np.array(keep_top_p(keep_top_k(mx.array(scores), k), p))
         assert (np.isinf(ours) == np.isinf(expected.numpy())).all()

@@ -91,7 +91,7 @@ def test_control_tokens_in_a_row_are_refused(tokenizer):
 def test_a_template_that_changes_earlier_turns_is_refused(tokenizer):
     template = Template("chatml", tokenizer)
     template.jinja = "{% for m in messages %}{{ m.role }}{{ loop.length }}{{ m.content }}<|im_end|>{% endfor %}"
-    with pytest.raises(FishError, match="changes earlier turns|does not render"):
+    with pytest.raises(FishError, match=r"changes earlier turns|does not render"):
         template.tokens(Example(TURNS, "a:1"), 99)
 
 

@@ -55,7 +55,9 @@ class Backend(Protocol):
         """Switch the adapter off, to compute the base model, and on again."""
         ...
 
-    def step(self, batches: Sequence[Batch], learning_rate: float, dropout_seeds: Sequence[int]) -> Callable[[], StepResult]:
+    def step(
+        self, batches: Sequence[Batch], learning_rate: float, dropout_seeds: Sequence[int]
+    ) -> Callable[[], StepResult]:
         """Start one optimizer update over the micro-batches; the call returned waits for its result.
 
         The gradient is that of the summed loss over the update's supervised tokens, clipped to norm 1, applied by AdamW.
@@ -86,7 +88,9 @@ class Backend(Protocol):
         """Yield ids one by one, up to and without the first end id."""
         ...
 
-    def generate_batch(self, prompts: Sequence[Sequence[int]], sampling: Sampling, end_ids: Sequence[int]) -> list[list[int]]:
+    def generate_batch(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, end_ids: Sequence[int]
+    ) -> list[list[int]]:
         """Continue many prompts at once; the answers in the prompts' order, end ids left out."""
         ...
 
@@ -106,7 +110,9 @@ def load_backend(folder: ModelFolder, notice: Callable[[str], None] = lambda tex
     try:
         import mlx.core  # noqa: F401
     except ImportError as error:
-        raise FishError('MLX is not installed; run `pip install "mlx-fish[mlx]"` (on Apple silicon: `pip install mlx`).') from error
+        raise FishError(
+            'MLX is not installed; run `pip install "mlx-fish[mlx]"` (on Apple silicon: `pip install mlx`).'
+        ) from error
     from mlx_fish.backends.mlx import MlxBackend
 
     return MlxBackend(folder, notice)

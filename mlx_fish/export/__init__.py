@@ -1,4 +1,4 @@
-"""What a merged model is to the writers of this folder: one target a file, which knows one format and nothing of LoRA."""
+"""What a merged model is to the writers of this folder: one target a file, knowing one format and nothing of LoRA."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -51,7 +51,9 @@ class MlxBackend:
     def use_adapter(self, enabled: bool) -> None:
         self._enabled = enabled
 
-    def step(self, batches: Sequence[Batch], learning_rate: float, dropout_seeds: Sequence[int]) -> Callable[[], StepResult]:
+    def step(
+        self, batches: Sequence[Batch], learning_rate: float, dropout_seeds: Sequence[int]
+    ) -> Callable[[], StepResult]:
         assert self._step is not None and self._state is not None, "attach an adapter first"
         return self._step(self._state, batches, learning_rate, dropout_seeds)
 
@@ -71,7 +73,9 @@ class MlxBackend:
     def optimizer_arrays(self) -> Arrays:
         assert self._layers is not None and self._state is not None, "attach an adapter first"
         first, second = self._layers.unflatten(self._state.first), self._layers.unflatten(self._state.second)
-        return {f"m.{key}": array for key, array in first.items()} | {f"v.{key}": array for key, array in second.items()}
+        return {f"m.{key}": array for key, array in first.items()} | {
+            f"v.{key}": array for key, array in second.items()
+        }
 
     def restore_optimizer(self, arrays: Arrays, step: int) -> None:
         assert self._layers is not None and self._state is not None, "attach an adapter first"
@@ -84,7 +88,9 @@ class MlxBackend:
         self._bind()
         return generate(self.model, prompt, sampling, end_ids)
 
-    def generate_batch(self, prompts: Sequence[Sequence[int]], sampling: Sampling, end_ids: Sequence[int]) -> list[list[int]]:
+    def generate_batch(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, end_ids: Sequence[int]
+    ) -> list[list[int]]:
         self._bind()
         return generate_batch(self.model, prompts, sampling, end_ids)
 

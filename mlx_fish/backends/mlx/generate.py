@@ -12,7 +12,9 @@ from mlx_fish.backends import Sampling
 
 Sampler = Callable[[mx.array], mx.array]
 Processor = Callable[[mx.array, mx.array], mx.array]
-_WHOLE_CONTEXT = 1 << 30  # mlx-lm penalises the last 20 tokens unless told; transformers the prompt and all that follows
+_WHOLE_CONTEXT = (
+    1 << 30
+)  # mlx-lm penalises the last 20 tokens unless told; transformers the prompt and all that follows
 
 
 def make_sampler(sampling: Sampling, *, row: int = 0) -> Sampler:
@@ -27,7 +29,9 @@ def make_sampler(sampling: Sampling, *, row: int = 0) -> Sampler:
     def sample(logprobs: mx.array) -> mx.array:
         nonlocal drawn
         drawn += 1
-        scores = keep_top_p(keep_top_k(logprobs.astype(mx.float32) / sampling.temperature, sampling.top_k), sampling.top_p)
+        scores = keep_top_p(
+            keep_top_k(logprobs.astype(mx.float32) / sampling.temperature, sampling.top_k), sampling.top_p
+        )
         # Row and token number are folded into one key: no generator is shared with anything else.
         return mx.random.categorical(scores, key=mx.random.split(key, drawn + 1)[drawn])
 
@@ -75,7 +79,9 @@ def generate(model: nn.Module, prompt: Sequence[int], sampling: Sampling, end_id
         yield int(token)
 
 
-def generate_batch(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, end_ids: Sequence[int]) -> list[list[int]]:
+def generate_batch(
+    model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, end_ids: Sequence[int]
+) -> list[list[int]]:
     """Answer every prompt, many at a time; a row that ends makes room for the next."""
     generator = BatchGenerator(model, stop_tokens=[[end] for end in end_ids])
     uids = generator.insert(

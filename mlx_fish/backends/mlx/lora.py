@@ -78,9 +78,9 @@ class LoraLayers:
 
     def bind(self, matrices: Sequence[mx.array], dropout_key: mx.array | None = None) -> None:
         """Let every layer compute with these matrices."""
-        keys = [None] * len(self.layers)
+        keys: list[mx.array | None] = [None] * len(self.layers)
         if dropout_key is not None and self.spec.dropout:
-            keys = list(mx.random.split(dropout_key, len(self.layers)))
+            keys = [*mx.random.split(dropout_key, len(self.layers))]
         for layer, a, b, key in zip(self.layers, matrices[::2], matrices[1::2], keys, strict=True):
             layer.lora_a, layer.lora_b, layer.dropout_key = a.astype(self.dtype), b.astype(self.dtype), key
 

@@ -11,6 +11,7 @@ backward needs, at the cost of the plain head's products.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import mlx_fish.backends.mlx.runtime  # noqa: F401  isort: skip
 import mlx.core as mx
@@ -57,7 +58,12 @@ class Head:
             return self.weight[targets].astype(mx.float32)
         biases = None if self.biases is None else self.biases[targets]
         rows = mx.dequantize(
-            self.weight[targets], self.scales[targets], biases, group_size=self.group_size, bits=self.bits, mode=self.mode
+            self.weight[targets],
+            self.scales[targets],
+            biases,
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
         )
         return rows.astype(mx.float32)
 
@@ -67,11 +73,20 @@ class Head:
             return left @ (weight.T if transpose else weight)
         biases = None if self.biases is None else self.biases[start:stop]
         return mx.quantized_matmul(
-            left, weight, self.scales[start:stop], biases, transpose=transpose, group_size=self.group_size, bits=self.bits, mode=self.mode
+            left,
+            weight,
+            self.scales[start:stop],
+            biases,
+            transpose=transpose,
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
         )
 
 
-def token_losses(head: Head, hidden: mx.array, targets: mx.array, chunk: int | None = None) -> tuple[mx.array, mx.array]:
+def token_losses(
+    head: Head, hidden: mx.array, targets: mx.array, chunk: int | None = None
+) -> tuple[mx.array, mx.array]:
     """Cross-entropy of each row, and its gradient to the hidden states.
 
     Args:
@@ -121,4 +136,4 @@ def make_loss(head: Head, chunk: int | None = None) -> Callable[[mx.array, mx.ar
         hidden, targets = primals
         return (cotangents[0][:, None] * outputs[1]).astype(hidden.dtype), mx.zeros_like(targets)
 
-    return lambda hidden, targets: losses(hidden, targets)[0]
+    return lambda hidden, targets: cast(tuple[mx.array, mx.array], losses(hidden, targets))[0]

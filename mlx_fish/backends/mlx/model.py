@@ -24,7 +24,7 @@ def load_model(folder: ModelFolder, notice: Callable[[str], None]) -> tuple[nn.M
     model_type = folder.config.get("model_type")
     if model_type not in ARCHITECTURES:
         raise FishError(f"{folder.name} is a {model_type} model; mlx-fish trains {' and '.join(ARCHITECTURES)} models.")
-    folder.weights  # checks every file with the safetensors library before MLX maps it
+    assert folder.weights  # opening them checks every file with the safetensors library before MLX maps it
     if not runtime.has_fast_blas:
         notice(MISSING)
     try:
@@ -32,7 +32,12 @@ def load_model(folder: ModelFolder, notice: Callable[[str], None]) -> tuple[nn.M
     except (ValueError, KeyError, TypeError) as error:
         raise FishError(f"{folder.path} does not fit its config.json ({error}); fetch it again.") from error
     if not runtime.on_gpu:
-        model.update(tree_map(lambda array: array.astype(mx.float32) if array.dtype in (mx.bfloat16, mx.float16) else array, model.parameters()))
+        model.update(
+            tree_map(
+                lambda array: array.astype(mx.float32) if array.dtype in (mx.bfloat16, mx.float16) else array,
+                model.parameters(),
+            )
+        )
     mx.eval(model.parameters())
     model.freeze()
     return model, _activation_dtype(model)

@@ -62,13 +62,15 @@ class Step:
         state.flat, state.first, state.second = changed
         state.step += 1
         mx.async_eval(*changed, loss, norm, good)
-        return lambda: StepResult(loss.item(), norm.item(), bool(good.item()))
+        return lambda: StepResult(_number(loss), _number(norm), bool(good.item()))
 
     def evaluate(self, batch: Batch) -> float:
         """Summed loss over the batch, with the matrices bound to the layers at present."""
         self._check_range(batch)
-        losses, _ = token_losses(self.head, self._hidden(mx.array(batch.inputs), mx.array(batch.positions)), mx.array(batch.targets))
-        return float((losses * mx.array(batch.weights)).sum().item())
+        losses, _ = token_losses(
+            self.head, self._hidden(mx.array(batch.inputs), mx.array(batch.positions)), mx.array(batch.targets)
+        )
+        return _number((losses * mx.array(batch.weights)).sum())
 
     def _arrays(self, batch: Batch, dropout_seed: int, num_supervised: int) -> list[mx.array]:
         self._check_range(batch)
@@ -100,7 +102,13 @@ class Step:
         return loss, mx.concatenate([gradient.reshape(-1) for gradient in gradients])
 
     def _gradient_and_update(
-        self, flat: mx.array, first: mx.array, second: mx.array, learning_rate: mx.array, step: mx.array, *batch: mx.array
+        self,
+        flat: mx.array,
+        first: mx.array,
+        second: mx.array,
+        learning_rate: mx.array,
+        step: mx.array,
+        *batch: mx.array,
     ) -> tuple[mx.array, ...]:
         loss, gradient = self._loss_and_gradient(flat, *batch)
         *changed, norm, good = self._clip_and_update(flat, first, second, learning_rate, step, loss, gradient)
@@ -108,7 +116,13 @@ class Step:
 
     @staticmethod
     def _clip_and_update(
-        flat: mx.array, first: mx.array, second: mx.array, learning_rate: mx.array, step: mx.array, loss: mx.array, gradient: mx.array
+        flat: mx.array,
+        first: mx.array,
+        second: mx.array,
+        learning_rate: mx.array,
+        step: mx.array,
+        loss: mx.array,
+        gradient: mx.array,
     ) -> tuple[mx.array, ...]:
         """Clip to MAX_NORM as torch does, then AdamW with bias correction and no decay; nothing moves if loss or norm is not finite."""
         norm = mx.sqrt((gradient * gradient).sum())
@@ -118,4 +132,16 @@ class Step:
         new_second = BETA2 * second + (1 - BETA2) * gradient * gradient
         corrected = mx.sqrt(new_second / (1 - BETA2**step)) + EPSILON
         new_flat = flat - learning_rate * (new_first / (1 - BETA1**step)) / corrected
-        return mx.where(good, new_flat, flat), mx.where(good, new_first, first), mx.where(good, new_second, second), norm, good
+        return (
+            mx.where(good, new_flat, flat),
+            mx.where(good, new_first, first),
+            mx.where(good, new_second, second),
+            norm,
+            good,
+        )
+
+
+def _number(scalar: mx.array) -> float:
+    value = scalar.item()
+    assert isinstance(value, float)
+    return value
