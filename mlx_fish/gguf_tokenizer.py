@@ -113,7 +113,10 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str], source: Path) -> "T
 
 
 def _sentencepiece(metadata: dict[str, Any], tokens: list[str], source: Path) -> "Tokenizer":
-    """SentencePiece BPE: merges are not stored, but follow from the scores of the pieces."""
+    """SentencePiece BPE: merges are not stored, but follow from the scores of the pieces.
+
+    The leading space goes before every piece of text between special tokens, as in llama.cpp.
+    """
     from tokenizers import Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
 
