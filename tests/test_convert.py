@@ -41,9 +41,7 @@ def logits_of_mlx_lm(folder: Path) -> np.ndarray:
     return np.array(model(mx.array(IDS)).astype(mx.float32))
 
 
-@pytest.mark.parametrize(
-    ("model_type", "head"), [("qwen2", False), ("qwen2", True), ("llama", False), ("llama", True)]
-)
+@pytest.mark.parametrize(("model_type", "head"), [("qwen2", False), ("qwen2", True), ("llama", False), ("llama", True)])
 def test_mlx_lm_and_transformers_compute_the_same(tmp_path: Path, model_type: str, head: bool) -> None:
     source = tiny.write_folder(
         tmp_path / "source", tiny.weights(model_type, head=head), model_type=model_type, tie_word_embeddings=not head
@@ -66,7 +64,9 @@ def test_the_folder_is_complete(tmp_path: Path) -> None:
     assert read(result.path, "tokenizer_config.json")["chat_template"] == tiny.TEMPLATE
     assert (result.path / "chat_template.jinja").read_text() == tiny.TEMPLATE
     record = read(result.path, "mlx_fish.json")
-    assert record["made_by"] == "mlx-fish convert" and record["source"] == str(source) and record["quantization"] is None
+    assert (
+        record["made_by"] == "mlx-fish convert" and record["source"] == str(source) and record["quantization"] is None
+    )
     assert record["fingerprint"] == ModelFolder(source, "x").fingerprint
     assert result.num_parameters == sum(array.size for array in tiny.weights().values())
     assert seen[-1] == (4 * result.num_parameters,) * 2
@@ -193,7 +193,9 @@ def test_a_killed_conversion_leaves_no_folder(tmp_path: Path, quantize_bits: int
         f"convert(model={str(source)!r}, out=Path({str(tmp_path / 'out')!r}), quantize_bits={quantize_bits}, group_size=32,"
         " progress=lambda done, total: os._exit(7) if done > total / 2 else None)\n"
     )
-    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    child = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parent.parent
+    )
     assert child.returncode == 7, child.stderr
     assert not (tmp_path / "out").exists()
     assert all(path.name.startswith(".") for path in tmp_path.iterdir() if path != source)
@@ -211,7 +213,9 @@ def test_a_failed_conversion_leaves_nothing_and_the_old_folder(tmp_path: Path) -
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
-def test_an_existing_folder_is_found_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_existing_folder_is_found_before_anything_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mlx_fish.hub.fetch", lambda *a, **k: pytest.fail("fetched"))
     (tmp_path / "models" / "Qwen2-0.5B-mlx").mkdir(parents=True)
@@ -275,7 +279,9 @@ def test_plain_conversion_loads_no_framework(tmp_path: Path) -> None:
         f"convert(model={str(path)!r}, out=Path({str(tmp_path / 'two')!r}))\n"
         "print(sorted({'mlx', 'torch', 'transformers', 'mlx_lm'} & set(sys.modules)))\n"
     )
-    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    child = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parent.parent
+    )
     assert child.stdout.strip() == "[]", child.stderr
 
 
@@ -319,7 +325,9 @@ def test_integer_tensors_are_refused_by_name(tmp_path: Path) -> None:
         convert(model=str(source), out=tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "../../nowhere", "/nowhere/at/all", "missing.gguf", "a/b.gguf", ""])
+@pytest.mark.parametrize(
+    "name", ["a\0b", "x" * 5000, "../../nowhere", "/nowhere/at/all", "missing.gguf", "a/b.gguf", ""]
+)
 def test_impossible_names_are_refused_in_words(tmp_path: Path, name: str) -> None:
     for out in (None, tmp_path / "out"):
         with pytest.raises(FishError) as caught:
