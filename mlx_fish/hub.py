@@ -22,7 +22,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _LONGEST_ID = 96
 _REQUEST_SECONDS = 5.0
 # A request's own limit does not bound a search for addresses, nor a try of each of them in turn.
-_PATIENCE_SECONDS = 8.0
+_PATIENCE_SECONDS = 7.0
 
 
 def find_model(name: str | None, *, models_dir: Path = MODELS_DIR, revision: str | None = None) -> ModelFolder:

@@ -7,7 +7,6 @@ its original is still there. Knows nothing of how the result is stored.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -87,7 +86,7 @@ class BaseValues:
                 self.shapes[name] = self._plain_shape(name)
             elif kind == "weight":
                 rows, groups = folder.weights[f"{module}.scales"].shape
-                self.shapes[name] = (rows, groups * self._quantization(module)[0])
+                self.shapes[name] = (rows, groups * self.folder.layer_quantization(module)[0])
             elif kind == "bias":
                 self.shapes[name] = self._plain_shape(name)
 
@@ -99,7 +98,7 @@ class BaseValues:
             return weights.read(name)
         from mlx_fish.backends.mlx.dequantize import dequantize
 
-        group_size, bits = self._quantization(module)
+        group_size, bits = self.folder.layer_quantization(module)
         packed = np.frombuffer(weights.raw(name), "<u4").reshape(weights[name].shape)
         scales, biases = weights.read(f"{module}.scales"), weights.read(f"{module}.biases")
         return dequantize(packed, scales, biases, group_size=group_size, bits=bits)
@@ -133,13 +132,6 @@ class BaseValues:
                 "float16 or bfloat16 with --model."
             )
         return info.shape
-
-    def _quantization(self, module: str) -> tuple[int, int]:
-        """(group size, bits); mlx-lm lets a layer differ from the rest."""
-        settings: dict[str, Any] = self.folder.quantization or {}
-        own = settings.get(module)
-        chosen = {**settings, **own} if isinstance(own, dict) else settings
-        return int(chosen["group_size"]), int(chosen["bits"])
 
 
 def merge_tensor(values: BaseValues, adapter: Adapter, name: str, dtype: str, survival: Survival) -> Float32:

@@ -80,6 +80,14 @@ class ModelFolder:
         found = self.config.get("quantization")
         return found if isinstance(found, dict) else None
 
+    def layer_quantization(self, module: str) -> tuple[int, int]:
+        """(group size, bits) of a layer of a quantised folder; mlx-lm lets one differ from the rest."""
+        settings = self.quantization
+        assert settings is not None, "the folder is not quantised"
+        own = settings.get(module)
+        chosen = {**settings, **own} if isinstance(own, dict) else settings
+        return int(chosen["group_size"]), int(chosen["bits"])
+
     @cached_property
     def linear_layers(self) -> dict[str, tuple[int, int]]:
         """Every linear layer of every block: Hugging Face module path -> (out, in)."""
@@ -90,7 +98,7 @@ class ModelFolder:
                 continue
             out_features, in_features = info.shape
             if info.dtype == "U32" and self.quantization:
-                in_features = self.weights[f"{match[1]}.scales"].shape[1] * int(self.quantization["group_size"])
+                in_features = self.weights[f"{match[1]}.scales"].shape[1] * self.layer_quantization(match[1])[0]
             found[match[1]] = (out_features, in_features)
         if not found:
             raise FishError(f"{self.path} has no linear layers named model.layers.N.…; is it a causal language model?")
@@ -101,14 +109,13 @@ class ModelFolder:
         """Parameters before quantisation; a tied head counts once."""
         if not self.quantization:
             return self.weights.num_parameters
-        bits = int(self.quantization["bits"])
         total = 0
         for name, info in self.weights.items():
             size = 1
             for extent in info.shape:
                 size *= extent
             if info.dtype == "U32":
-                total += size * 32 // bits
+                total += size * 32 // self.layer_quantization(name.removesuffix(".weight"))[1]
             elif not name.endswith((".scales", ".biases")):
                 total += size
         return total

@@ -60,7 +60,6 @@ STEPS, BATCH, LENGTH = 1500, 4, 128  # about 17 passes; more lower the training 
 LEARNING_RATE, WARMUP, WEIGHT_DECAY = 5e-3, 20, 0.1
 LABEL_SMOOTHING = 0.1  # with so little text, what keeps the model from certainty about what it has only memorised
 BPE_DROPOUT = 0.05  # the same text cut into other tokens now and then: more text, in effect
-CHAT_EVERY = 5  # one training row in so many is learnt as a conversation too
 SEED = 0
 
 
@@ -193,18 +192,16 @@ def smoothed_loss(model: nn.Module, ids: mx.array) -> mx.array:
 def packed_batches(tokenizer: Tokenizer, rows: list[Example]) -> Iterator[mx.array]:
     """Endless (BATCH, LENGTH + 1) ids: the texts in a new order each pass, end to end."""
     generator = random.Random(SEED)
-    texts = []
-    for number, (question, answer) in enumerate(map(question_and_answer, rows)):
-        texts.append(f"{answer}{END_OF_TEXT}")
-        if number % CHAT_EVERY == 0:
-            texts.append(f"{prompt(question)}{answer}{END}\n{END_OF_TEXT}")
+    questions, answers = map(list, zip(*map(question_and_answer, rows), strict=True))
     needed = BATCH * (LENGTH + 1)
     stream: list[int] = []
     while True:
         while len(stream) < needed:
             tokenizer.model.dropout = BPE_DROPOUT
-            for text in generator.sample(texts, len(texts)):
-                stream += tokenizer.encode(text).ids
+            generator.shuffle(questions)
+            generator.shuffle(answers)
+            for question, answer in zip(questions, answers, strict=True):
+                stream += tokenizer.encode(f"{prompt(question)}{answer}{END}\n{END_OF_TEXT}").ids
             tokenizer.model.dropout = None
         yield mx.array(np.array(stream[:needed], np.int32).reshape(BATCH, LENGTH + 1))
         stream = stream[needed:]
@@ -272,7 +269,7 @@ a network have a real model in a few megabytes (`--model tiny`). It writes text 
 - Architecture: Qwen2, {num_parameters(model):,} parameters ({LAYERS} layers, hidden {HIDDEN}, {HEADS} heads, {KV_HEADS} key-value heads,
   tied embedding), stored in bfloat16. Tokenizer: its own byte-level BPE of {VOCAB_SIZE} tokens with Qwen2's splitting rule; ChatML.
 - Data: the {len(splits["train"])} training rows of `data/fish_care_dataset.jsonl`, and nothing else; the {len(splits["valid"])} validation and
-  {len(splits["test"])} test rows were not trained on. Questions and answers were learnt as separate texts, and one row in {CHAT_EVERY} also as a
+  {len(splits["test"])} test rows were not trained on. Questions and answers were learnt as separate texts, and one row in X also as a
   conversation, so that answering the question is left for fine-tuning to teach.
 - Training: {steps} updates of {BATCH} x {LENGTH} tokens, AdamW, {seconds:.0f} s on two CPU cores. Loss on answers (nats a token; a uniform guess
   has {math.log(VOCAB_SIZE):.2f}): train {losses["train"]:.2f}, valid {losses["valid"]:.2f}, test {losses["test"]:.2f}. It has partly memorised its training text.

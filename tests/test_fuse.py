@@ -80,6 +80,8 @@ def test_mlx_lm_computes_the_same(pair: tuple[ModelFolder, Adapter], tmp_path: P
 def test_folder_is_complete(pair: tuple[ModelFolder, Adapter], tmp_path: Path) -> None:
     base, adapter = pair
     add_run_files(adapter, base)
+    tokenizer_config = {**read_json(adapter.path / "tokenizer_config.json"), "model_max_length": 4321}
+    write_json(adapter.path / "tokenizer_config.json", tokenizer_config)
     out = tmp_path / "fused"
     result = run_fuse(base, adapter, out, dtype="bfloat16")
     config = read_json(out / "config.json")
@@ -103,6 +105,7 @@ def test_folder_is_complete(pair: tuple[ModelFolder, Adapter], tmp_path: Path) -
         assert str(tmp_path).encode() not in file.read_bytes(), f"{file.name} tells where it was made"
     assert "3.5000 before, 1.2500 after" in (out / "README.md").read_text(encoding="utf-8")
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert tokenizer.model_max_length == 4321  # the adapter folder's own files
     assert tokenizer.apply_chat_template([{"role": "user", "content": "w5"}], tokenize=False) == "w5<end>"
     fused = ModelFolder(out, "fused")
     assert fused.fingerprint != base.fingerprint  # another model, and known as such
@@ -113,6 +116,14 @@ def test_a_peft_folder_without_run_files(qwen: tuple[ModelFolder, Adapter], tmp_
     run_fuse(base, adapter, tmp_path / "fused")
     assert read_json(tmp_path / "fused" / "generation_config.json")["eos_token_id"] == [2]
     assert (tmp_path / "fused" / "tokenizer.json").read_bytes() == (base.path / "tokenizer.json").read_bytes()
+
+
+def test_end_token_of_the_template_is_never_lost(qwen: tuple[ModelFolder, Adapter], tmp_path: Path) -> None:
+    base, adapter = qwen
+    add_run_files(adapter, base)
+    (adapter.path / "generation_config.json").unlink()
+    run_fuse(base, adapter, tmp_path / "fused")
+    assert read_json(tmp_path / "fused" / "generation_config.json")["eos_token_id"] == [3, 2]
 
 
 def test_a_second_copy_of_a_tied_head_is_left_out(qwen: tuple[ModelFolder, Adapter], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from mlx_fish.adapter import (
     Adapter,
     delta,
 )
+from mlx_fish.errors import FishError
 from mlx_fish.files import read_json, write_json
 from mlx_fish.merge import Survival
 from mlx_fish.model_folder import RECORD, ModelFolder
@@ -79,12 +80,14 @@ def test_result_tells_a_swallowed_adapter(tmp_path: Path) -> None:
 # A base that MLX quantised
 
 
-def quantise(base: ModelFolder, out: Path, bits: int, record: dict[str, Any] | None = None) -> ModelFolder:
+def quantise(
+    base: ModelFolder, out: Path, bits: int, record: dict[str, Any] | None = None, **options: Any
+) -> ModelFolder:
     import mlx_lm
     from mlx_lm.utils import quantize_model, save_config, save_model
 
     model, _ = mlx_lm.load(str(base.path), model_config={"rope_theta": 12345.0})
-    model, config = quantize_model(model, {**base.config}, 32, bits)
+    model, config = quantize_model(model, {**base.config}, 32, bits, **options)
     out.mkdir()
     save_model(out, model)
     save_config(config, out / "config.json")
@@ -92,6 +95,13 @@ def quantise(base: ModelFolder, out: Path, bits: int, record: dict[str, Any] | N
     if record:
         write_json(out / RECORD, record)
     return ModelFolder(out, "Owner/Base")
+
+
+def mixed(path: str, module: Any) -> bool | dict[str, int]:
+    """As mlx-lm's mixed recipes: some layers with settings of their own, some not quantised."""
+    if not hasattr(module, "to_quantized") or path.endswith("o_proj"):
+        return False
+    return {"group_size": 64, "bits": 8} if path.endswith("q_proj") else True
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -157,3 +167,38 @@ def test_another_model_in_the_originals_place_is_not_used(qwen: tuple[ModelFolde
     other = make_model(tmp_path / "other", "qwen2", tied=True, seed=1)
     packed = quantise(base, tmp_path / "packed", 4, {"source": str(other.path), "fingerprint": base.fingerprint})
     assert run_fuse(packed, adapter, tmp_path / "fused").expanded
+
+
+def test_layers_quantised_differently_are_expanded(pair: tuple[ModelFolder, Adapter], tmp_path: Path) -> None:
+    base, adapter = pair
+    packed = quantise(base, tmp_path / "packed", 4, quant_predicate=mixed)
+    assert packed.linear_layers == base.linear_layers
+    assert packed.num_parameters == base.num_parameters
+    run_fuse(packed, adapter, tmp_path / "fused", dtype="float32")
+    fused = open_weights(tmp_path / "fused")
+    errors = {}
+    for kind in ("q_proj", "k_proj", "o_proj"):  # 8 bits in groups of 64, 4 in groups of 32, not quantised
+        module = f"model.layers.0.self_attn.{kind}"
+        exact = base.weights.read(f"{module}.weight") + delta(adapter, module)
+        errors[kind] = float(np.abs(fused.read(f"{module}.weight") - exact).max())
+    assert errors["o_proj"] == 0 < errors["q_proj"] < 0.005 < errors["k_proj"] < 0.05
+
+
+def test_a_mode_that_is_not_affine_is_refused(qwen: tuple[ModelFolder, Adapter], tmp_path: Path) -> None:
+    base, adapter = qwen
+    packed = quantise(base, tmp_path / "packed", 4)
+    config = packed.config
+    write_json(packed.path / "config.json", {**config, "quantization": {**config["quantization"], "mode": "mxfp4"}})
+    with pytest.raises(FishError, match="mode mxfp4"):
+        run_fuse(ModelFolder(packed.path, "packed"), adapter, tmp_path / "fused")
+
+
+def test_a_base_in_another_number_format_is_refused(qwen: tuple[ModelFolder, Adapter], tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    base, adapter = qwen
+    tensors = load_file(base.path / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.int8)
+    save_file(tensors, base.path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FishError, match=r"model\.norm\.weight as I8"):
+        run_fuse(ModelFolder(base.path, "base"), adapter, tmp_path / "fused")
