@@ -35,12 +35,14 @@ class Report:
         self.tokens = 0
         self._pending: list[float] = []
         self._log = open(folder / LOG_FILE, "w", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+        self._interactive = sys.stderr.isatty()
         self._bar = tqdm(
             total=total,
             file=sys.stderr,
             unit="step",
             dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 15,
+            mininterval=0.5,
+            disable=not self._interactive,
             bar_format="{desc}{percentage:3.0f}%|{bar:16}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
         )
 
@@ -53,10 +55,11 @@ class Report:
         self.tokens += tokens
         self.training_seconds += seconds
         rate = self.tokens / self.training_seconds
-        self._bar.set_postfix_str(
-            f"loss {loss:.3f}  lr {learning_rate:.1e}  {rate:.0f} tok/s  peak {peak / 1e9:.2f} GB", refresh=False
-        )
+        figures = f"loss {loss:.3f}  lr {learning_rate:.1e}  {rate:.0f} tok/s  peak {peak / 1e9:.2f} GB"
+        self._bar.set_postfix_str(figures, refresh=False)
         self._bar.update()
+        if not self._interactive and (step == self.total or step % max(1, self.total // 10) == 0):
+            say(f"  {step:>5}/{self.total}  {figures}")  # a file or a pipe gets ten lines, not a redrawn bar
         if step % self.logging_steps == 0 or step == self.total:
             mean = sum(self._pending) / len(self._pending)
             self._pending = []
@@ -75,7 +78,10 @@ class Report:
 
     def note(self, text: str) -> None:
         """A line above the bar."""
-        self._bar.write(text, file=sys.stderr)
+        if self._interactive:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            say(text)
 
     def close(self) -> None:
         self._bar.close()

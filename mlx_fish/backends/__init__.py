@@ -3,6 +3,7 @@
 Only `backends/mlx/` imports mlx, only `backends/torch.py` imports torch.
 """
 
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -107,12 +108,14 @@ def load_backend(folder: ModelFolder, notice: Callable[[str], None] = lambda tex
     Args:
         notice: takes a sentence for the person when something is not as fast or as exact as it could be.
     """
-    try:
-        import mlx.core  # noqa: F401
-    except ImportError as error:
+    if not _installed("mlx"):  # found, not imported: OpenBLAS must be loaded first
         raise FishError(
             'MLX is not installed; run `pip install "mlx-fish[mlx]"` (on Apple silicon: `pip install mlx`).'
-        ) from error
+        )
     from mlx_fish.backends.mlx import MlxBackend
 
     return MlxBackend(folder, notice)
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
