@@ -91,7 +91,7 @@ def convert(
     size = f"{result.num_parameters / 1e6:.1f} M parameters, {result.dtype}"
     if bits:
         size += f" in {bits} bits"
-    say(f"{result.path}: {size}, {result.num_bytes / 1e9:.2f} GB, {result.seconds:.1f} s")
+    say(f"{result.path}: {size}, {size_text(result.num_bytes)}, {result.seconds:.1f} s")
     say(f"\nNext:\n  mlx-fish train --model {result.path} --iters 10")
 
 
@@ -283,7 +283,7 @@ def fuse(to_hf: bool, model: str | None, adapter: Path | None, out: Path, dtype:
             progress=progress,
         )
     say(
-        f"{result.path}: {result.layers} layers merged, {result.dtype}, {result.num_bytes / 1e9:.2f} GB, {result.seconds:.1f} s"
+        f"{result.path}: {result.layers} layers merged, {result.dtype}, {size_text(result.num_bytes)}, {result.seconds:.1f} s"
     )
     if result.original:
         say(f"the base is quantised, so its original {result.original} was used")
@@ -317,6 +317,10 @@ class byte_bar:  # noqa: N801 (used like a function)
 
     def __exit__(self, *error: object) -> None:
         self.bar.close()
+
+
+def size_text(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def say(text: str) -> None:

@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_fish.adapter import Adapter, check_fits, load_adapter, read_run
+from mlx_fish.adapter import Adapter, check_base, check_fits, load_adapter, read_run
 from mlx_fish.backends import Backend, load_backend
 from mlx_fish.errors import FishError
 from mlx_fish.hub import find_model
 from mlx_fish.model_folder import ModelFolder
 from mlx_fish.report import say
 from mlx_fish.run_folder import DEFAULT_OUTPUT, find_adapter
-from mlx_fish.template import BUILT_IN, Template, check_name, choose_template, load_tokenizer
+from mlx_fish.template import Template, check_name, choose_template, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,8 @@ def load_session(*, model: str | None, adapter: Path | None, no_adapter: bool) -
     folder = base_of(place, model)
     found = load_adapter(place)
     check_fits(found, folder.linear_layers, folder.name)
-    run = read_run(place)
-    expected = run.get("base", {}).get("fingerprint")
-    if expected and expected != folder.fingerprint:
-        say(
-            f"! the adapter was trained on {run['base']['name']}, and {folder.name} has other weights of the same shape."
-        )
-    name = run.get("template", {}).get("name", "auto")
+    check_base(found, folder.fingerprint, folder.name)
+    name = read_run(place).get("template", {}).get("name", "auto")
     tokenizer = load_tokenizer(folder)
-    if name not in BUILT_IN and name != "auto":
-        check_name(name)
+    check_name(name)
     return Session(folder, None if no_adapter else found, choose_template(name, tokenizer, folder))

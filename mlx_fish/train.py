@@ -8,7 +8,6 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,20 +129,16 @@ def describe(plan: Plan) -> None:
     )
     if cut:
         say(
-            f"! {len(cut)} rows are longer than --max-seq-length {config.max_seq_length} and were cut, without an end token: {', '.join(cut[:3])}…"
+            f"! {len(cut)} rows are longer than --max-seq-length {config.max_seq_length} and were cut, without an end token: {', '.join(cut[:3])}{'…' if len(cut) > 3 else ''}"
         )
     if not plan.valid_rows:
         say("! no validation rows: the data set is too small to hold some out")
 
 
-def validate(backend: Backend, batches: list[Batch], progress: Callable[[int], None] = lambda rows: None) -> float:
+def validate(backend: Backend, batches: list[Batch]) -> float:
     """Mean loss over all supervised tokens of the batches: a sum divided once, never a mean of means."""
-    loss, tokens = 0.0, 0
-    for batch in batches:
-        loss += backend.evaluate(batch)
-        tokens += batch.num_supervised
-        progress(len(batch.rows))
-    return loss / tokens
+    loss = sum(backend.evaluate(batch) for batch in batches)
+    return loss / sum(batch.num_supervised for batch in batches)
 
 
 def sample_answer(backend: Backend, template: Template, end_ids: tuple[int, ...]) -> str:

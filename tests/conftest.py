@@ -36,3 +36,21 @@ def real_model():
     if not path:
         pytest.skip("MLX_FISH_TEST_MODEL names no model")
     return find_model(path)
+
+
+@pytest.fixture(params=["qwen2", "llama"])
+def pair(request, tmp_path):
+    """A random model of each architecture, and an adapter on it."""
+    from fuse_models import make_adapter, make_model
+
+    base = make_model(tmp_path / "base", request.param, tied=request.param == "qwen2")
+    return base, make_adapter(tmp_path / "adapter", base)
+
+
+@pytest.fixture
+def qwen(tmp_path):
+    """A random tied qwen2 model, and an adapter on it."""
+    from fuse_models import make_adapter, make_model
+
+    base = make_model(tmp_path / "base", "qwen2", tied=True)
+    return base, make_adapter(tmp_path / "adapter", base)

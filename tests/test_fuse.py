@@ -42,18 +42,6 @@ from mlx_fish.model_folder import RECORD, ModelFolder
 from mlx_fish.tensors import open_weights
 
 
-@pytest.fixture(params=["qwen2", "llama"])
-def pair(request: Any, tmp_path: Path) -> tuple[ModelFolder, Adapter]:
-    base = make_model(tmp_path / "base", request.param, tied=request.param == "qwen2")
-    return base, make_adapter(tmp_path / "adapter", base)
-
-
-@pytest.fixture
-def qwen(tmp_path: Path) -> tuple[ModelFolder, Adapter]:
-    base = make_model(tmp_path / "base", "qwen2", tied=True)
-    return base, make_adapter(tmp_path / "adapter", base)
-
-
 def test_fused_is_the_adapter(pair: tuple[ModelFolder, Adapter], tmp_path: Path) -> None:
     base, adapter = pair
     result = run_fuse(base, adapter, tmp_path / "fused", dtype="float32")

@@ -18,19 +18,6 @@ from mlx_fish.merge import Survival
 from mlx_fish.model_folder import RECORD, ModelFolder
 from mlx_fish.tensors import decode, encode, open_weights
 
-
-@pytest.fixture(params=["qwen2", "llama"])
-def pair(request: Any, tmp_path: Path) -> tuple[ModelFolder, Adapter]:
-    base = make_model(tmp_path / "base", request.param, tied=request.param == "qwen2")
-    return base, make_adapter(tmp_path / "adapter", base)
-
-
-@pytest.fixture
-def qwen(tmp_path: Path) -> tuple[ModelFolder, Adapter]:
-    base = make_model(tmp_path / "base", "qwen2", tied=True)
-    return base, make_adapter(tmp_path / "adapter", base)
-
-
 # How much survives
 
 

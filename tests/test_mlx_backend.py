@@ -87,6 +87,18 @@ def test_one_step_equals_torch_and_peft(tiny, spec, backend, rows):
             np.testing.assert_allclose(ours[name.replace(".default", "")], parameter.detach().numpy(), atol=2e-4)
 
 
+def test_a_large_gradient_is_clipped_to_norm_one(tiny, rows):
+    """AdamW hardly shows it in the weights (a constant factor cancels), so the first moment is looked at."""
+    spec = LoraSpec.uniform(choose_layers(tiny.linear_layers), rank=4, alpha=80)
+    backend = load_backend(tiny)
+    backend.attach(spec, started(spec))
+    result = backend.step([make_batch(rows[:2])], 1e-3, [0])()
+    assert result.grad_norm > 1.5
+    moments = [array for key, array in backend.optimizer_arrays().items() if key.startswith("m.")]
+    norm = np.sqrt(sum(float((array.astype(np.float64) ** 2).sum()) for array in moments))
+    assert abs(norm - 0.1) < 1e-4  # (1 - beta1) times a gradient of norm 1
+
+
 def test_the_logits_equal_transformers_and_peft(tiny, spec, backend, rows):
     ids = rows[0].ids
     with torch.no_grad():

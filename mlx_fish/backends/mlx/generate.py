@@ -12,9 +12,8 @@ from mlx_fish.backends import Sampling
 
 Sampler = Callable[[mx.array], mx.array]
 Processor = Callable[[mx.array, mx.array], mx.array]
-_WHOLE_CONTEXT = (
-    1 << 30
-)  # mlx-lm penalises the last 20 tokens unless told; transformers the prompt and all that follows
+# mlx-lm penalises the last 20 tokens unless told; transformers the prompt and all that follows.
+_WHOLE_CONTEXT = 1 << 30
 
 
 def make_sampler(sampling: Sampling, *, row: int = 0) -> Sampler:

@@ -1,0 +1,67 @@
+"""Plant named faults one at a time in a copy of the project; each must turn its tests red.
+
+    python scripts/mutate.py
+
+Exits with 1 when a fault goes unnoticed.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# name, file, what stands there, the fault, the tests that should notice
+FAULTS = [
+    ("mask off by one", "batches.py", "row.supervised[1:])\n", "row.supervised[:-1])\n", "test_batches"),
+    ("targets not shifted", "batches.py", "row.ids[1:][labelled]", "row.ids[:-1][labelled]", "test_batches"),
+    ("a row lost", "batches.py", "-(-len(rows) // self.rows_per_update)", "len(rows) // self.rows_per_update", "test_batches"),
+    ("end token unsupervised", "template.py", "(answer + end, True)", "(answer, True), (end, False)", "test_template"),
+    ("a cut row called whole", "template.py", "len(ids) > max_length", "False", "test_template"),
+    ("mean of means", "backends/mlx/step.py", "np.float32(num_supervised)", "np.float32(batch.num_supervised)", "test_mlx_backend"),
+    ("missing transpose", "backends/mlx/lora.py", "x.shape[-1]) @ self.lora_a.T", "x.shape[-1]) @ self.lora_a.reshape(x.shape[-1], -1)", "test_mlx_backend"),
+    ("scale left out", "backends/mlx/lora.py", "alpha=self.scale", "alpha=1.0", "test_mlx_backend"),
+    ("no bias correction", "backends/mlx/step.py", "(1 - BETA1**step)", "1.0", "test_mlx_backend"),
+    ("no clipping", "backends/mlx/step.py", "mx.minimum(MAX_NORM / (norm + 1e-6), 1.0)", "1.0", "test_mlx_backend"),
+    ("poisoned update", "backends/mlx/step.py", "mx.where(good, new_flat, flat)", "new_flat", "test_mlx_backend"),
+    ("sum not rescaled", "backends/mlx/loss.py", "total * decay, blend * decay", "total, blend", "test_mlx_loss"),
+    ("merge not scaled", "adapter.py", "product *= np.float32(adapter.spec.scales[module])", "product *= np.float32(1)", "test_fuse"),
+]  # fmt: skip
+
+
+def noticed(file: str, old: str, new: str, test: str) -> bool:
+    """Run one test file against the planted fault, in a copy."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("mlx_fish", "tests", "data"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        path = copy / "mlx_fish" / file
+        text = path.read_text(encoding="utf-8")
+        if text.count(old) != 1:
+            raise SystemExit(f"{file} holds {old!r} {text.count(old)} times; the list of faults is out of date")
+        path.write_text(text.replace(old, new), encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{test}.py"]
+        done = subprocess.run(command, cwd=copy, env=_environment(copy), capture_output=True, text=True, check=False)
+        if done.returncode not in (0, 1):
+            raise SystemExit(f"the tests could not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        return done.returncode == 1
+
+
+def _environment(copy: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def main() -> None:
+    missed = []
+    for name, *fault in FAULTS:
+        red = noticed(*fault)
+        print(f"{'red     ' if red else 'UNNOTICED'} {name}", flush=True)
+        missed += [] if red else [name]
+    print(f"{len(FAULTS) - len(missed)} of {len(FAULTS)} faults noticed")
+    sys.exit(1 if missed else 0)
+
+
+if __name__ == "__main__":
+    main()
