@@ -11,10 +11,16 @@ from typing import Any
 import click
 
 from mlx_fish import __version__
-from mlx_fish.config import TrainConfig, flag_name, kind_of, read_yaml
+from mlx_fish.config import BACKENDS, TrainConfig, flag_name, kind_of, read_yaml
 from mlx_fish.errors import FishError
 
 DTYPES = click.Choice(["float32", "float16", "bfloat16"])
+backend_option = click.option(
+    "--backend",
+    type=click.Choice(BACKENDS),
+    default="auto",
+    help="Compute with mlx or torch.  [default: $MLX_FISH_BACKEND, else what suits the machine]",
+)
 
 
 class Group(click.Group):
@@ -165,13 +171,14 @@ def train(config_file: Path | None, dry_run: bool, **flags: Any) -> None:
     help="Above 1: repeat less; as in transformers.",
 )
 @click.option("--seed", type=click.IntRange(0), default=42, show_default=True, help="For sampling.")
+@backend_option
 @click.option("--system", default="", help="A system prompt.")
 @click.option("--compare", is_flag=True, help="Put the base's answer beside the tuned one's.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def generate(
     prompt: str | None, further: str, questions: Path | None, out: Path | None, model: str | None, adapter: Path | None,
     no_adapter: bool, max_tokens: int, temp: float, top_p: float, top_k: int, repetition_penalty: float, seed: int,
-    system: str, compare: bool, as_json: bool,
+    backend: str, system: str, compare: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Ask the tuned model."""
     if (prompt is None) == (questions is None):
@@ -192,22 +199,22 @@ def generate(
     from mlx_fish.backends import Sampling
     from mlx_fish.session import load_session
 
-    session = load_session(model=model, adapter=adapter, no_adapter=no_adapter)
+    session = load_session(model=model, adapter=adapter, no_adapter=no_adapter, backend=backend)
     sampling = Sampling(max_tokens, temp, top_p, top_k, repetition_penalty, seed)
-    backend = session.load()
+    loaded = session.load()
     if asked:
-        room.write_answers(room.answer_many(session, backend, asked, sampling, system=system, compare=compare), out)
+        room.write_answers(room.answer_many(session, loaded, asked, sampling, system=system, compare=compare), out)
         if out:
             say(f"{len(asked)} answers in {out}")
         return
     answers = {}
     for name in ("base", "tuned") if compare else ("tuned" if session.adapter else "base",):
         if session.adapter is not None:
-            backend.use_adapter(name == "tuned")
+            loaded.use_adapter(name == "tuned")
         if compare and not as_json:
             click.echo(f"{'' if name == 'base' else chr(10)}[{name}]")
         pieces = []
-        for piece in room.stream(session, backend, turns, sampling):
+        for piece in room.stream(session, loaded, turns, sampling):
             pieces.append(piece)
             if not as_json:
                 click.echo(piece, nl=False)
@@ -235,14 +242,21 @@ def generate(
     "--adapter", type=click.Path(path_type=Path), help="Adapter folder.  [default: finetuned_model, if it is there]"
 )
 @click.option("--no-adapter", is_flag=True, help="Evaluate the base model alone.")
+@backend_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(
-    data: str | None, split: str, model: str | None, adapter: Path | None, no_adapter: bool, as_json: bool
+    data: str | None,
+    split: str,
+    model: str | None,
+    adapter: Path | None,
+    no_adapter: bool,
+    backend: str,
+    as_json: bool,
 ) -> None:
     """Loss and perplexity over supervised tokens, base beside tuned."""
     from mlx_fish.evaluate import evaluate as run
 
-    result = run(data=data, split=split, model=model, adapter=adapter, no_adapter=no_adapter)
+    result = run(data=data, split=split, model=model, adapter=adapter, no_adapter=no_adapter, backend=backend)
     if as_json:
         click.echo(json.dumps(result.as_json()))
         return

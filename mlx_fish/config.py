@@ -11,6 +11,7 @@ from typing import Any
 from mlx_fish.errors import FishError, did_you_mean
 
 SCHEDULES = ("linear", "cosine", "constant")
+BACKENDS = ("auto", "mlx", "torch")
 
 
 def setting(
@@ -64,6 +65,9 @@ class TrainConfig:
     save_every: int = setting(100, "Write a checkpoint every N updates, and at the end.", also=("save_steps",), least=1)
     logging_steps: int = setting(1, "Report every N updates.", least=1)
     seed: int = setting(42, "Decides the adapter's start, the order of rows and the dropout.", least=0)
+    backend: str = setting(
+        "auto", "Compute with mlx or torch; auto: $MLX_FISH_BACKEND, else what suits the machine.", choices=BACKENDS
+    )
     overwrite: bool = setting(False, "Replace the run in --output-dir.", also=("overwrite_output_dir",))
 
     def __post_init__(self) -> None:

@@ -47,6 +47,7 @@ def evaluate(
     model: str | None,
     adapter: Path | None,
     no_adapter: bool,
+    backend: str = "auto",
     max_seq_length: int = 2048,
 ) -> Evaluation:
     """Evaluate one split of a data set (default: test).
@@ -61,17 +62,17 @@ def evaluate(
     examples = [example for name in SPLITS if split in (name, "all") for example in dataset.splits[name]]
     if not examples:
         raise FishError(f"--data {dataset.name} has no rows in its {split} split; try --split all.")
-    session = load_session(model=model, adapter=adapter, no_adapter=no_adapter)
+    session = load_session(model=model, adapter=adapter, no_adapter=no_adapter, backend=backend)
     batches = fixed_batches([session.template.tokens(example, max_seq_length) for example in examples], BATCH_SIZE)
     tokens = sum(batch.num_supervised for batch in batches)
-    backend: Backend = session.load()
+    loaded: Backend = session.load()
 
     def measure(base: Evaluation | None) -> Evaluation:
-        return Evaluation(validate(backend, batches), tokens, len(examples), base)
+        return Evaluation(validate(loaded, batches), tokens, len(examples), base)
 
     if session.adapter is None:
         return measure(None)
-    backend.use_adapter(False)
+    loaded.use_adapter(False)
     base = measure(None)
-    backend.use_adapter(True)
+    loaded.use_adapter(True)
     return measure(base)

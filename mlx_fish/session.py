@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_fish.adapter import Adapter, check_base, check_fits, load_adapter, read_run
-from mlx_fish.backends import Backend, load_backend
+from mlx_fish.backends import Backend, choose_backend, load_backend
 from mlx_fish.errors import FishError
 from mlx_fish.hub import find_model
 from mlx_fish.model_folder import ModelFolder
@@ -20,6 +20,7 @@ class Session:
     folder: ModelFolder
     adapter: Adapter | None
     template: Template
+    backend: str = "auto"
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -27,7 +28,8 @@ class Session:
 
     def load(self) -> Backend:
         """Load the weights, the adapter on them."""
-        backend = load_backend(self.folder, lambda text: say(f"! {text}"))
+        backend = load_backend(self.folder, lambda text: say(f"! {text}"), name=self.backend)
+        say(f"computing with {backend.name} on {backend.device}, {backend.dtype}")
         if self.adapter is not None:
             backend.attach(self.adapter.spec, self.adapter.arrays)
         return backend
@@ -47,17 +49,18 @@ def base_of(adapter: Path, model: str | None) -> ModelFolder:
     return find_model(name)
 
 
-def load_session(*, model: str | None, adapter: Path | None, no_adapter: bool) -> Session:
-    """Find the adapter, its base and the template that it was trained with.
+def load_session(*, model: str | None, adapter: Path | None, no_adapter: bool, backend: str = "auto") -> Session:
+    """Find the backend, the adapter, its base and the template that it was trained with.
 
     Without an adapter (none trained yet, or `--no-adapter`) the base alone, in the template that training would choose.
     """
+    backend = choose_backend(backend)
     place = find_adapter(adapter)
     if place is None:
         if adapter is None and not no_adapter:
             say(f"! no adapter in {DEFAULT_OUTPUT}/, so this is the base model; `mlx-fish train` makes one.")
         folder = find_model(model)
-        return Session(folder, None, choose_template("auto", load_tokenizer(folder), folder))
+        return Session(folder, None, choose_template("auto", load_tokenizer(folder), folder), backend)
     folder = base_of(place, model)
     found = load_adapter(place)
     check_fits(found, folder.linear_layers, folder.name)
@@ -65,4 +68,4 @@ def load_session(*, model: str | None, adapter: Path | None, no_adapter: bool) -
     name = read_run(place).get("template", {}).get("name", "auto")
     tokenizer = load_tokenizer(folder)
     check_name(name)
-    return Session(folder, None if no_adapter else found, choose_template(name, tokenizer, folder))
+    return Session(folder, None if no_adapter else found, choose_template(name, tokenizer, folder), backend)

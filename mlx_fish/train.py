@@ -4,6 +4,7 @@ Nothing here depends on an earlier step but the adapter and its moments: the ord
 rate of the step, a dropout key of (seed, step, micro-batch).
 """
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -16,7 +17,7 @@ import numpy as np
 
 from mlx_fish import __version__
 from mlx_fish.adapter import RUN_FILE, LoraSpec, choose_layers, initial_arrays, peft_config, save_adapter
-from mlx_fish.backends import Backend, Sampling, load_backend
+from mlx_fish.backends import Backend, Sampling, choose_backend, load_backend
 from mlx_fish.batches import Batch, Updates, fixed_batches, padding_share
 from mlx_fish.checkpoint import save_checkpoint
 from mlx_fish.config import TrainConfig
@@ -58,6 +59,7 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
         FishError: any mistake in the settings, files or rows, before the model loads; a non-finite loss, naming step and rows.
     """
     output = Path(config.output_dir)
+    backend_name = choose_backend(config.backend)
     check_name(config.template)
     check_free(output, overwrite=config.overwrite)
     dataset = load_dataset(config.data)
@@ -70,7 +72,7 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
     if dry_run:
         say("Dry run: nothing was written.")
         return output
-    backend = load_backend(plan.folder, lambda text: say(f"! {text}"))
+    backend = load_backend(plan.folder, lambda text: say(f"! {text}"), name=backend_name)
     say(f"  computing   {backend.name} on {backend.device}, {backend.dtype}")
     prepare(output, overwrite=config.overwrite)
     backend.attach(plan.spec, initial_arrays(plan.spec, config.seed))
@@ -214,6 +216,7 @@ def _run(plan: Plan, backend: Backend, output: Path) -> dict[str, Any]:
         "tokens_per_second": report.tokens / report.training_seconds,
         "seconds": time.monotonic() - report.started,
         "peak_bytes": backend.peak_memory(),
+        "backend": {"name": backend.name, "device": backend.device, "dtype": backend.dtype},
     }
 
 
@@ -252,12 +255,10 @@ def _write_run(plan: Plan, output: Path, results: dict[str, Any]) -> None:
 
 def run_record(plan: Plan, results: dict[str, Any]) -> dict[str, Any]:
     """What run.json holds."""
-    from importlib.metadata import version
-
     return {
         "version": __version__,
         "python": sys.version.split()[0],
-        "packages": {name: version(name) for name in ("numpy", "transformers", "mlx", "mlx-lm")},
+        "packages": _versions("numpy", "transformers", "mlx", "mlx-lm", "torch", "peft"),
         "settings": dataclasses.asdict(plan.config),
         "iters": plan.iters,
         "base": {
@@ -275,6 +276,17 @@ def run_record(plan: Plan, results: dict[str, Any]) -> dict[str, Any]:
         },
         "results": results,
     }
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    """Of those that are installed: no machine needs both frameworks."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _close(plan: Plan, output: Path, results: dict[str, Any]) -> None:

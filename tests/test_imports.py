@@ -13,7 +13,7 @@ FLOORS = [
     {"adapter", "template", "gguf_model", "gguf_tokenizer"},
     {"batches", "run_folder", "hub"},
     {"source"},
-    {"merge", "model_card", "report", "checkpoint", "backends", "backends.mlx"},
+    {"merge", "model_card", "report", "checkpoint", "backends", "backends.mlx", "backends.torch"},
     {"export", "export.hf", "session"},
     {"train", "generate", "convert", "fuse"},
     {"evaluate"},
@@ -25,8 +25,8 @@ HEIGHT = {room: height for height, floor in enumerate(FLOORS) for room in floor}
 
 def room_of(path):
     parts = path.relative_to(PACKAGE).with_suffix("").parts
-    if parts[:2] == ("backends", "mlx"):
-        return "backends.mlx"
+    if parts[:2] in (("backends", "mlx"), ("backends", "torch")):
+        return ".".join(parts[:2])
     return ".".join(part for part in parts if part != "__init__") or "__init__"
 
 
@@ -45,8 +45,8 @@ def test_the_import_graph_points_down():
         room = room_of(path)
         for name in imports(path):
             target = name.removeprefix("mlx_fish.") if name.startswith("mlx_fish.") else None
-            if target and target.startswith("backends.mlx"):
-                target = "backends.mlx"
+            if target and target.startswith(("backends.mlx.", "backends.torch.")):
+                target = ".".join(target.split(".")[:2])
             if target in HEIGHT and target != room and HEIGHT[target] > HEIGHT[room]:
                 wrong.append(f"{room} imports {target}")
     assert not wrong
@@ -56,9 +56,10 @@ def test_every_room_has_a_floor():
     assert {room_of(path) for path in PACKAGE.rglob("*.py")} == set(HEIGHT)
 
 
+BORDER = {"backends.mlx": {"mlx", "mlx_lm"}, "backends.torch": {"torch", "peft"}}
+
+
 def test_frameworks_stay_behind_the_border():
     for path in PACKAGE.rglob("*.py"):
-        frameworks = {name.split(".")[0] for name in imports(path)} & {"mlx", "mlx_lm", "torch"}
-        if room_of(path) == "backends" and path.name == "__init__.py":
-            continue
-        assert not frameworks or room_of(path) == "backends.mlx", path
+        frameworks = {name.split(".")[0] for name in imports(path)} & {"mlx", "mlx_lm", "torch", "peft"}
+        assert frameworks <= BORDER.get(room_of(path), set()), path

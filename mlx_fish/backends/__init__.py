@@ -1,9 +1,12 @@
 """The border between the shared code and a framework: int32 arrays and Python floats go in, floats and float32 arrays come out.
 
-Only `backends/mlx/` imports mlx, only `backends/torch.py` imports torch.
+Only `backends/mlx/` imports mlx, only `backends/torch/` imports torch.
 """
 
 import importlib.util
+import os
+import platform
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,8 +16,15 @@ import numpy.typing as npt
 
 from mlx_fish.adapter import Arrays, LoraSpec
 from mlx_fish.batches import Batch
-from mlx_fish.errors import FishError
+from mlx_fish.config import BACKENDS
+from mlx_fish.errors import FishError, did_you_mean
 from mlx_fish.model_folder import ModelFolder
+
+VARIABLE = "MLX_FISH_BACKEND"
+PACKAGES = {"mlx": ("mlx", "mlx_lm"), "torch": ("torch", "peft")}
+INSTALL = {"mlx": 'pip install "mlx-fish[mlx]"', "torch": 'pip install "mlx-fish[torch]"'}
+# Architectures whose seam (normed hidden states, then one linear head) was tested against the whole model.
+ARCHITECTURES = ("qwen2", "llama")
 
 
 @dataclass(frozen=True)
@@ -102,20 +112,58 @@ class Backend(Protocol):
     def reset_peak_memory(self) -> None: ...
 
 
-def load_backend(folder: ModelFolder, notice: Callable[[str], None] = lambda text: None) -> Backend:
-    """Load the model with the framework of this machine.
+def choose_backend(name: str = "auto") -> str:
+    """The framework to compute with, `mlx` or `torch`. Looks for packages, and imports none.
+
+    Args:
+        name: what was asked for. `auto` is what MLX_FISH_BACKEND says, else MLX on Apple silicon and torch elsewhere, else the
+            other one.
+
+    Raises:
+        FishError: no such backend, or it is not installed.
+    """
+    asked = "--backend"
+    if name == "auto":
+        asked, name = VARIABLE, os.environ.get(VARIABLE) or "auto"
+    if name not in BACKENDS:
+        raise FishError(f"{asked} {name}: expected one of {', '.join(BACKENDS)}.{did_you_mean(name, BACKENDS)}")
+    if name != "auto":
+        if not _installed(name):
+            raise FishError(f"{asked} {name}: {name} is not installed; run `{INSTALL[name]}`.")
+        return name
+    on_apple_silicon = sys.platform == "darwin" and platform.machine() == "arm64"
+    for candidate in ("mlx", "torch") if on_apple_silicon else ("torch", "mlx"):
+        if _installed(candidate):
+            return candidate
+    wanted = "mlx" if on_apple_silicon else "torch"
+    raise FishError(f"neither MLX nor torch with PEFT is installed; run `{INSTALL[wanted]}`.")
+
+
+def load_backend(
+    folder: ModelFolder, notice: Callable[[str], None] = lambda text: None, *, name: str = "auto"
+) -> Backend:
+    """Load the model.
 
     Args:
         notice: takes a sentence for the person when something is not as fast or as exact as it could be.
+        name: see `choose_backend`.
+
+    Raises:
+        FishError: also when the model is of an architecture that was not tested.
     """
-    if not _installed("mlx"):  # found, not imported: OpenBLAS must be loaded first
-        raise FishError(
-            'MLX is not installed; run `pip install "mlx-fish[mlx]"` (on Apple silicon: `pip install mlx`).'
-        )
+    chosen = choose_backend(name)
+    model_type = folder.config.get("model_type")
+    if model_type not in ARCHITECTURES:
+        raise FishError(f"{folder.name} is a {model_type} model; mlx-fish trains {' and '.join(ARCHITECTURES)} models.")
+    if chosen == "torch":
+        from mlx_fish.backends.torch import TorchBackend
+
+        return TorchBackend(folder)
     from mlx_fish.backends.mlx import MlxBackend
 
     return MlxBackend(folder, notice)
 
 
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+def _installed(backend: str) -> bool:
+    # Found, not imported: OpenBLAS must be loaded before MLX is.
+    return all(importlib.util.find_spec(package) is not None for package in PACKAGES[backend])

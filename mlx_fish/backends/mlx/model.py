@@ -12,18 +12,12 @@ from mlx_fish.blas import MISSING
 from mlx_fish.errors import FishError
 from mlx_fish.model_folder import ModelFolder
 
-# Architectures whose seam (normed hidden states, then one linear head) was tested against the whole model.
-ARCHITECTURES = ("qwen2", "llama")
-
 
 def load_model(folder: ModelFolder, notice: Callable[[str], None]) -> tuple[nn.Module, mx.Dtype]:
     """The frozen base model and the dtype of its activations.
 
     On a CPU half-precision weights are widened to float32, since MLX multiplies them some 40 times slower there.
     """
-    model_type = folder.config.get("model_type")
-    if model_type not in ARCHITECTURES:
-        raise FishError(f"{folder.name} is a {model_type} model; mlx-fish trains {' and '.join(ARCHITECTURES)} models.")
     assert folder.weights  # opening them checks every file with the safetensors library before MLX maps it
     if not runtime.has_fast_blas:
         notice(MISSING)

@@ -1,0 +1,85 @@
+"""The torch backend: transformers computes the model, PEFT the LoRA layers, on CUDA, Metal or a CPU."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mlx_fish.adapter import Arrays, LoraSpec
+from mlx_fish.backends import Sampling, StepResult
+from mlx_fish.backends.torch import memory
+from mlx_fish.backends.torch.generate import generate, generate_batch
+from mlx_fish.backends.torch.lora import LoraLayers
+from mlx_fish.backends.torch.model import choose_device, load_model
+from mlx_fish.backends.torch.step import Step, summed_loss
+from mlx_fish.batches import Batch
+from mlx_fish.model_folder import ModelFolder
+
+__all__ = ["TorchBackend"]
+
+
+class TorchBackend:
+    """A base model in torch, with at most one adapter on it. See `mlx_fish.backends.Backend`."""
+
+    name = "torch"
+
+    def __init__(self, folder: ModelFolder):
+        self._device = choose_device()
+        self.device = self._device.type
+        self.model = load_model(folder, self._device)
+        self.dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        self._layers: LoraLayers | None = None
+        self._step: Step | None = None
+
+    def attach(self, spec: LoraSpec, arrays: Arrays) -> None:
+        if self._layers is not None:
+            self._layers.remove()
+        self._layers = LoraLayers(self.model, spec, arrays)
+        self._step = Step(self.model, self._layers)
+
+    def use_adapter(self, enabled: bool) -> None:
+        if self._layers is not None:
+            self._layers.enable(enabled)
+
+    def step(
+        self, batches: Sequence[Batch], learning_rate: float, dropout_seeds: Sequence[int]
+    ) -> Callable[[], StepResult]:
+        assert self._step is not None, "attach an adapter first"
+        return self._step(batches, learning_rate, dropout_seeds)
+
+    @torch.inference_mode()
+    def evaluate(self, batch: Batch) -> float:
+        return float(summed_loss(self.model, batch, 1.0).item())
+
+    @torch.inference_mode()
+    def logits(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        inputs = torch.from_numpy(ids[None]).to(self._device).long()
+        found: npt.NDArray[np.float32] = self.model(inputs, use_cache=False).logits[0].float().cpu().numpy()
+        return found
+
+    def adapter_arrays(self) -> Arrays:
+        assert self._layers is not None, "attach an adapter first"
+        return self._layers.unflatten(self._layers.master)
+
+    def optimizer_arrays(self) -> Arrays:
+        assert self._step is not None, "attach an adapter first"
+        return self._step.moments()
+
+    def restore_optimizer(self, arrays: Arrays, step: int) -> None:
+        assert self._step is not None, "attach an adapter first"
+        self._step.restore(arrays, step)
+
+    def generate(self, prompt: Sequence[int], sampling: Sampling, end_ids: Sequence[int]) -> Iterator[int]:
+        return generate(self.model, prompt, sampling, end_ids)
+
+    def generate_batch(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, end_ids: Sequence[int]
+    ) -> list[list[int]]:
+        return generate_batch(self.model, prompts, sampling, end_ids)
+
+    def peak_memory(self) -> int:
+        return memory.peak(self._device)
+
+    def reset_peak_memory(self) -> None:
+        memory.reset(self._device)

@@ -1,0 +1,80 @@
+"""One optimizer update: forward, loss over supervised positions, backward, clip, AdamW."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from mlx_fish.adapter import Arrays
+from mlx_fish.backends import StepResult
+from mlx_fish.backends.torch.lora import LoraLayers
+from mlx_fish.backends.torch.loss import losses
+from mlx_fish.batches import Batch
+
+BETAS, EPSILON, MAX_NORM = (0.9, 0.999), 1e-8, 1.0
+
+
+def summed_loss(model: nn.Module, batch: Batch, divisor: float) -> torch.Tensor:
+    """The batch's cross-entropy summed over its supervised tokens and divided; a scalar, float32.
+
+    Only the hidden states of supervised positions meet the vocabulary. Pads stand on the right of a causal mask, so no
+    attention mask is needed.
+    """
+    head = model.get_output_embeddings().weight
+    most = max(int(batch.targets.max()), int(batch.inputs.max()))
+    assert 0 <= most < head.shape[0], f"id {most} is outside the vocabulary of {head.shape[0]}"
+    inputs, positions, targets = (
+        torch.from_numpy(array).to(head.device).long() for array in (batch.inputs, batch.positions, batch.targets)
+    )
+    weights = torch.from_numpy(batch.weights / np.float32(divisor)).to(head.device)
+    hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
+    rows = hidden.reshape(-1, hidden.shape[-1])[positions]
+    return (losses(head, rows, targets) * weights).sum()
+
+
+class Step:
+    """The update of one model with one set of LoRA layers, and AdamW's state."""
+
+    def __init__(self, model: nn.Module, layers: LoraLayers):
+        self.model = model
+        self.layers = layers
+        self.optimizer = torch.optim.AdamW([layers.master], lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=0.0)
+
+    def __call__(
+        self, batches: Sequence[Batch], learning_rate: float, dropout_seeds: Sequence[int]
+    ) -> Callable[[], StepResult]:
+        """Make the update; nothing moves if the loss or the gradient's norm is not finite."""
+        num_supervised = sum(batch.num_supervised for batch in batches)  # the whole update's: never a mean of means
+        loss, gradient = 0.0, torch.zeros_like(self.layers.master)
+        for batch, seed in zip(batches, dropout_seeds, strict=True):
+            with self.layers.dropout(seed):
+                share = summed_loss(self.model, batch, num_supervised)
+                gradient += self.layers.gradient(share)
+            loss += share.item()
+        self.layers.master.grad = gradient
+        norm = torch.nn.utils.clip_grad_norm_(self.layers.master, MAX_NORM).item()
+        updated = bool(np.isfinite(loss) and np.isfinite(norm))
+        if updated:
+            self.optimizer.param_groups[0]["lr"] = learning_rate
+            self.optimizer.step()
+            self.layers.refresh()
+        self.layers.master.grad = None
+        return lambda: StepResult(loss, norm, updated)
+
+    def moments(self) -> Arrays:
+        """AdamW's moments under `m.<key>` and `v.<key>`: zero before the first update."""
+        state = self.optimizer.state[self.layers.master]
+        found = {}
+        for prefix, name in (("m.", "exp_avg"), ("v.", "exp_avg_sq")):
+            flat = state[name] if state else torch.zeros_like(self.layers.master)
+            found.update({prefix + key: array for key, array in self.layers.unflatten(flat).items()})
+        return found
+
+    def restore(self, arrays: Arrays, step: int) -> None:
+        """Continue from these moments after `step` updates."""
+        state: dict[str, torch.Tensor] = {"step": torch.tensor(float(step))}
+        for prefix, name in (("m.", "exp_avg"), ("v.", "exp_avg_sq")):
+            named = {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
+            state[name] = self.layers.flatten(named).to(self.layers.master.device)
+        self.optimizer.state[self.layers.master] = state
