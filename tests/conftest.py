@@ -12,6 +12,47 @@ load_openblas()
 ROOT = Path(__file__).parent.parent
 
 
+BACKENDS = ("mlx", "torch")
+_ran = dict.fromkeys(BACKENDS, 0)
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend_name(request):
+    """Each backend in turn, chosen as a person does, for this process and for those that a test starts."""
+    from mlx_fish.backends import VARIABLE, choose_backend
+    from mlx_fish.errors import FishError
+
+    try:
+        choose_backend(request.param)
+    except FishError as error:
+        pytest.skip(str(error))  # counted below: --each-backend fails when a backend ran none
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, request.param)
+        yield request.param
+
+
+def pytest_addoption(parser):
+    parser.addoption("--each-backend", action="store_true", help="fail unless tests ran on every backend")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    name = getattr(item, "callspec", None) and item.callspec.params.get("backend_name")
+    if name and report.when == "call" and report.outcome != "skipped":
+        _ran[name] += 1
+    return report
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.write_line("tests run " + ", ".join(f"on {name}: {count}" for name, count in _ran.items()))
+
+
+def pytest_sessionfinish(session, exitstatus):
+    if session.config.getoption("--each-backend") and not all(_ran.values()) and exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """The built-in model's folder."""

@@ -85,8 +85,8 @@ def test_mistakes_show_before_a_framework_is_imported(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A folder in which `train --model tiny` was run twice, into two output folders."""
+def trained(tmp_path_factory, backend_name):
+    """A folder in which `train --model tiny` was run twice, into two output folders, on each backend."""
     folder = tmp_path_factory.mktemp("run")
     for name in ("finetuned_model", "again"):
         done = run(

@@ -105,7 +105,6 @@ class LoraLayers:
     def remove(self) -> None:
         """Put the plain layers back."""
         self._tuner.unload()
-        del self.model.peft_config  # else PEFT takes the next adapter for a second one
 
     def _views(self, flat: torch.Tensor) -> Sequence[torch.Tensor]:
         pieces = torch.split(flat, self._sizes)

@@ -1,0 +1,149 @@
+"""What is torch's own: its loss, dropout without a global generator, half precision, and what it cannot read."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mlx_fish.adapter import LoraSpec, choose_layers, initial_arrays
+from mlx_fish.backends import load_backend
+from mlx_fish.backends.torch import model as torch_model
+from mlx_fish.backends.torch.loss import losses, token_losses
+from mlx_fish.batches import make_batch
+from mlx_fish.convert import convert
+from mlx_fish.data import load_dataset
+from mlx_fish.errors import FishError
+from mlx_fish.model_folder import ModelFolder
+from mlx_fish.template import choose_template
+
+N, D, V = 13, 64, 3000
+RANDOM = np.random.default_rng(0)
+HIDDEN = torch.tensor(RANDOM.normal(size=(N, D)).astype(np.float32))
+WEIGHT = torch.tensor(RANDOM.normal(size=(V, D)).astype(np.float32))
+TARGETS = torch.tensor(RANDOM.integers(0, V, N))
+SHARES = torch.tensor(RANDOM.random(N).astype(np.float32))
+
+
+def plain(hidden):
+    """Losses and their weighted gradient by autograd over all logits, in float64."""
+    hidden = hidden.double().requires_grad_()
+    found = torch.nn.functional.cross_entropy(hidden @ WEIGHT.double().T, TARGETS, reduction="none")
+    (found * SHARES).sum().backward()
+    return found.detach(), hidden.grad
+
+
+@pytest.mark.parametrize("chunk", [7, 1000, 2999, 3000, 5000, None])
+@pytest.mark.parametrize("size", [1, 100])
+def test_the_loss_equals_autograd_for_every_chunk_size(chunk, size):
+    """Also with logits so large that an exponential would overflow."""
+    hidden = (HIDDEN * size).requires_grad_()
+    found = losses(WEIGHT, hidden, TARGETS, chunk)
+    (found * SHARES).sum().backward()
+    expected, gradient = plain(HIDDEN * size)
+    torch.testing.assert_close(found.detach().double(), expected, rtol=1e-5, atol=1e-5 * size**2)
+    torch.testing.assert_close(hidden.grad.double(), gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_alone_costs_no_gradient():
+    found, gradient = token_losses(WEIGHT, HIDDEN, TARGETS, with_gradient=False)
+    assert gradient is None
+    torch.testing.assert_close(found.double(), plain(HIDDEN)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_logits_of_the_whole_vocabulary_never_exist():
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), named=None):
+            out = function(*arguments, **(named or {}))
+            if isinstance(out, torch.Tensor) and out._base is None:  # a view takes no memory
+                self.size = max(self.size, out.numel())
+            return out
+
+    hidden = HIDDEN.clone().requires_grad_()
+    with Largest() as largest:
+        losses(WEIGHT, hidden, TARGETS, 1000).sum().backward()
+    assert N * 1000 <= largest.size < N * V
+
+
+@pytest.fixture(scope="module")
+def rows(tiny, tokenizer):
+    template = choose_template("auto", tokenizer, tiny)
+    return [template.tokens(example, 2048) for example in load_dataset("fish_care").splits["train"][:6]]
+
+
+def attached(tiny, *, dropout=0.0):
+    spec = LoraSpec.uniform(choose_layers(tiny.linear_layers), rank=4, alpha=8, dropout=dropout)
+    backend = load_backend(tiny, name="torch")
+    backend.attach(spec, initial_arrays(spec, 1))
+    return backend
+
+
+def test_no_global_generator_is_drawn_from(tiny, rows):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    attached(tiny, dropout=0.3).step([make_batch(rows[:2])], 1e-3, [7])()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_evaluating_does_not_drop(tiny, rows):
+    backend, plain_backend = attached(tiny, dropout=0.5), attached(tiny)
+    backend.attach(backend._layers.spec, started := trained_arrays(plain_backend, rows))
+    plain_backend.attach(plain_backend._layers.spec, started)
+    batch = make_batch(rows)
+    assert backend.evaluate(batch) == plain_backend.evaluate(batch)
+    assert backend.step([batch], 0.0, [1])().loss != plain_backend.step([batch], 0.0, [1])().loss
+
+
+def trained_arrays(backend, rows):
+    """An adapter whose B is no longer zero."""
+    for _ in range(3):
+        backend.step([make_batch(rows)], 1e-2, [0])()
+    return backend.adapter_arrays()
+
+
+def test_half_precision_keeps_float32_masters(tiny, rows, monkeypatch):
+    """As on a GPU: the layers compute in bfloat16, and updates too small for it still add up."""
+    exact = attached(tiny)
+    monkeypatch.setattr(torch_model, "choose_dtype", lambda stored, device: torch.bfloat16)
+    half = attached(tiny)
+    assert (exact.dtype, half.dtype) == ("float32", "bfloat16")
+    batch = make_batch(rows)
+    for _ in range(5):
+        one, other = exact.step([batch], 1e-3, [0])(), half.step([batch], 1e-3, [0])()
+        assert abs(one.loss - other.loss) < 2e-2 * one.loss
+    layers = half._layers
+    assert layers.master.dtype == torch.float32
+    assert not torch.equal(layers.master.bfloat16().float(), layers.master)
+    for key, matrix in zip(layers.keys, layers.matrices, strict=True):
+        assert torch.equal(matrix.detach(), torch.tensor(half.adapter_arrays()[key]).bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("stored", "device", "expected"),
+    [("bfloat16", "cpu", torch.float32), ("float16", "mps", torch.float32), ("bfloat16", "mps", torch.bfloat16)],
+)
+def test_the_dtype_suits_the_device(stored, device, expected):
+    assert torch_model.choose_dtype(stored, torch.device(device)) == expected
+
+
+def test_a_folder_quantised_by_mlx_says_what_to_do(tiny, tmp_path):
+    made = convert(model="tiny", out=tmp_path / "q", quantize_bits=4, group_size=64)
+    with pytest.raises(FishError, match=r"quantised by MLX.*--model tiny.*--backend mlx"):
+        load_backend(ModelFolder(made.path, "tiny"), name="torch")
+
+
+def test_a_folder_without_a_tensor_is_refused(tmp_path):
+    from tiny_folders import weights, write_folder
+
+    arrays = weights()
+    del arrays["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(FishError, match=r"has no model.layers.1.mlp.up_proj.weight"):
+        load_backend(ModelFolder(write_folder(tmp_path / "m", arrays), "m"), name="torch")
+
+
+def test_a_converted_folder_computes_what_its_source_does(tiny, tmp_path):
+    made = convert(model="tiny", out=tmp_path / "base", dtype="float32")
+    ids = np.arange(5, 40, dtype=np.int32)
+    expected = load_backend(tiny, name="torch").logits(ids)
+    assert (load_backend(ModelFolder(made.path, "tiny"), name="torch").logits(ids) == expected).all()
