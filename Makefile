@@ -25,7 +25,7 @@ demo: $(STAMP) ## set up, then the whole main job offline on the built-in tiny m
 	PATH="$(abspath $(BIN)):$$PATH" sh scripts/demo.sh
 
 test: $(VENV)/.tested ## set up, then every test (MLX_FISH_TEST_MODEL=DIR adds those on real weights)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --each-backend
 
 check: $(VENV)/.tested ## format, lint, types, dead code
 	$(BIN)/ruff format --check .

@@ -43,6 +43,7 @@ BAD = [
     (["train", "--template", "qwem"], 1, "Did you mean `qwen`?"),
     (["train", "--iters", "0"], 1, "--iters 0: expected at least 1"),
     (["train", "--iterz", "3"], 2, "--iters"),
+    (["train", "--backend", "tosch"], 2, "'auto', 'mlx', 'torch'"),
     (["train", "--lora-dropout", "1"], 1, "expected 0 up to below 1"),
     (["train", "--config", "bad.yaml"], 1, "Did you mean `learning_rate`?"),
     (["train", "--output-dir", "full"], 1, "no run of mlx-fish"),
@@ -226,6 +227,36 @@ def test_fused_equals_adapter(trained):
     with torch.no_grad():
         expected = fused(torch.tensor(ids[None]).long()).logits[0].numpy()
     assert np.abs(backend.logits(ids) - expected).max() < 1e-4
+
+
+def test_peft_loads_the_adapter_whole(trained):
+    """Exactly our keys, our logits, and merged our fused model."""
+    import warnings
+
+    import numpy as np
+    import torch
+    from peft import PeftModel, get_peft_model_state_dict
+    from transformers import AutoModelForCausalLM
+
+    from mlx_fish.adapter import load_adapter
+    from mlx_fish.hub import find_model
+    from mlx_fish.session import load_session
+
+    folder = trained / "finetuned_model"
+    plain = AutoModelForCausalLM.from_pretrained(find_model("tiny").path, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")  # PEFT goes on without them
+        tuned = PeftModel.from_pretrained(plain, folder).eval()
+    assert set(get_peft_model_state_dict(tuned)) == set(load_adapter(folder).arrays)
+    ids = np.arange(5, 60, dtype=np.int32)
+    ours = load_session(model="tiny", adapter=folder, no_adapter=False).load().logits(ids)
+    with torch.no_grad():
+        assert np.abs(tuned(torch.tensor(ids[None]).long()).logits[0].numpy() - ours).max() < 1e-4
+    done = run("fuse", "--to-hf", "--dtype", "float32", "--out", "for_peft", cwd=trained)
+    assert done.returncode == 0, done.stderr
+    fused = AutoModelForCausalLM.from_pretrained(trained / "for_peft", dtype=torch.float32).state_dict()
+    for name, tensor in tuned.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(fused[name], tensor, rtol=1e-5, atol=1e-6)
 
 
 def test_a_dry_run_writes_nothing(tmp_path):

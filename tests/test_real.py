@@ -56,3 +56,27 @@ def test_the_converted_model_and_the_tuned_one_equal_transformers(run_folder, re
             theirs = model(torch.tensor(ids[None]).long()).logits[0].numpy()
         assert np.abs(ours - theirs).max() < 1e-3
         assert (ours.argmax(-1) == theirs.argmax(-1)).all()
+
+
+def test_ten_updates_take_the_same_course_on_both_backends(real_model):
+    from mlx_fish.adapter import LoraSpec, choose_layers, initial_arrays
+    from mlx_fish.backends import load_backend
+    from mlx_fish.batches import Updates
+    from mlx_fish.data import load_dataset
+    from mlx_fish.template import choose_template, load_tokenizer
+
+    template = choose_template("auto", load_tokenizer(real_model), real_model)
+    rows = [template.tokens(example, 2048) for example in load_dataset("fish_care").splits["train"]]
+    updates = Updates(rows, batch_size=1, accumulation=1, seed=42)
+    spec = LoraSpec.uniform(choose_layers(real_model.linear_layers), rank=2, alpha=4)
+    losses, adapters = {}, {}
+    for name in ("mlx", "torch"):
+        backend = load_backend(real_model, name=name)
+        backend.attach(spec, initial_arrays(spec, 42))
+        losses[name] = [backend.step(updates[step], 2e-4, [0])().loss for step in range(10)]
+        adapters[name] = backend.adapter_arrays()
+        del backend  # one model's weights at a time
+    print(losses)
+    np.testing.assert_allclose(losses["mlx"], losses["torch"], rtol=1e-3)
+    for key, array in adapters["mlx"].items():
+        assert np.linalg.norm(array - adapters["torch"][key]) < 1e-2 * np.linalg.norm(array)

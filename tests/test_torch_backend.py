@@ -9,6 +9,7 @@ from mlx_fish.adapter import LoraSpec, choose_layers, initial_arrays
 from mlx_fish.backends import load_backend
 from mlx_fish.backends.torch import model as torch_model
 from mlx_fish.backends.torch.loss import losses, token_losses
+from mlx_fish.backends.torch.step import POSITIONS_AT_A_TIME, pieces
 from mlx_fish.batches import make_batch
 from mlx_fish.convert import convert
 from mlx_fish.data import load_dataset
@@ -70,6 +71,37 @@ def test_the_logits_of_the_whole_vocabulary_never_exist():
 def rows(tiny, tokenizer):
     template = choose_template("auto", tokenizer, tiny)
     return [template.tokens(example, 2048) for example in load_dataset("fish_care").splits["train"][:6]]
+
+
+@pytest.mark.parametrize("limit", [1, 150, 10_000])
+def test_pieces_hold_every_label_once_in_its_context(rows, limit):
+    batch = make_batch(rows)
+    width = batch.inputs.shape[1]
+    labels = [
+        (tuple(batch.inputs[position // width, : position % width + 1]), target)
+        for position, target, weight in zip(batch.positions, batch.targets, batch.weights, strict=True)
+        if weight
+    ]
+    found, sizes = [], []
+    for piece in pieces(batch, limit):
+        sizes.append(piece.inputs.size)
+        for position, target in zip(piece.positions, piece.targets, strict=True):
+            row, column = divmod(position, piece.inputs.shape[1])
+            found.append((tuple(piece.inputs[row, : column + 1]), target))
+    assert sorted(found) == sorted(labels)
+    assert all(size <= limit for size in sizes) or limit == 1
+    assert len(sizes) == {1: len(rows), 10_000: 1}.get(limit, len(sizes))
+    assert sum(sizes) <= batch.num_computed
+
+
+def test_pieces_change_neither_loss_nor_gradient(tiny, rows, monkeypatch):
+    found = []
+    for limit in (1, 150, 10_000):
+        monkeypatch.setitem(POSITIONS_AT_A_TIME, "cpu", limit)
+        backend = attached(tiny)
+        result = backend.step([make_batch(rows)], 1e-3, [0])()
+        found.append((result.loss, result.grad_norm, backend.evaluate(make_batch(rows))))
+    np.testing.assert_allclose(found[1:], [found[0]] * 2, rtol=1e-5)
 
 
 def attached(tiny, *, dropout=0.0):

@@ -12,7 +12,7 @@ from mlx_fish.backends.torch import memory
 from mlx_fish.backends.torch.generate import generate, generate_batch
 from mlx_fish.backends.torch.lora import LoraLayers
 from mlx_fish.backends.torch.model import choose_device, load_model
-from mlx_fish.backends.torch.step import Step, summed_loss
+from mlx_fish.backends.torch.step import Step, evaluate
 from mlx_fish.batches import Batch
 from mlx_fish.model_folder import ModelFolder
 
@@ -50,7 +50,7 @@ class TorchBackend:
 
     @torch.inference_mode()
     def evaluate(self, batch: Batch) -> float:
-        return float(summed_loss(self.model, batch, 1.0).item())
+        return evaluate(self.model, batch)
 
     @torch.inference_mode()
     def logits(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:

@@ -1,6 +1,7 @@
 """One optimizer update: forward, loss over supervised positions, backward, clip, AdamW."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,27 +11,65 @@ from mlx_fish.adapter import Arrays
 from mlx_fish.backends import StepResult
 from mlx_fish.backends.torch.lora import LoraLayers
 from mlx_fish.backends.torch.loss import losses
-from mlx_fish.batches import Batch
+from mlx_fish.batches import Batch, Int32
 
 BETAS, EPSILON, MAX_NORM = (0.9, 0.999), 1e-8, 1.0
 
 
-def summed_loss(model: nn.Module, batch: Batch, divisor: float) -> torch.Tensor:
-    """The batch's cross-entropy summed over its supervised tokens and divided; a scalar, float32.
+# Positions computed at a time. Activations grow with it, the gradient's sum does not change. A CPU gains nothing from more
+# (docs/results.md); a GPU would idle with fewer.
+POSITIONS_AT_A_TIME = {"cpu": 256, "mps": 4096, "cuda": 8192}
 
-    Only the hidden states of supervised positions meet the vocabulary. Pads stand on the right of a causal mask, so no
+
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of a batch, cut after their last label: inputs (B, L), and of each label its flat position and target (N,)."""
+
+    inputs: Int32
+    positions: Int32
+    targets: Int32
+
+
+def pieces(batch: Batch, limit: int) -> Iterator[Piece]:
+    """Split a batch into pieces of at most `limit` positions, or of one row: the same labels, fewer pads."""
+    labels = batch.weights > 0
+    rows, columns = np.divmod(batch.positions[labels], batch.inputs.shape[1])
+    targets = batch.targets[labels]
+    ends = np.zeros(len(batch.inputs), np.int32)
+    np.maximum.at(ends, rows, columns + 1)  # under a causal mask, nothing after the last label matters
+    start = 0
+    while start < len(ends):
+        stop = start + 1
+        while stop < len(ends) and (stop + 1 - start) * ends[start : stop + 1].max() <= limit:
+            stop += 1
+        width = int(ends[start:stop].max())
+        inside = (rows >= start) & (rows < stop)
+        if inside.any():
+            flat = (rows[inside] - start) * width + columns[inside]
+            yield Piece(batch.inputs[start:stop, :width], flat, targets[inside])
+        start = stop
+
+
+def summed_loss(model: nn.Module, piece: Piece) -> torch.Tensor:
+    """The cross-entropy summed over the piece's labels; a scalar, float32.
+
+    Only the hidden states of labelled positions meet the vocabulary. Pads stand on the right of a causal mask, so no
     attention mask is needed.
     """
     head = model.get_output_embeddings().weight
-    most = max(int(batch.targets.max()), int(batch.inputs.max()))
+    most = max(int(piece.targets.max()), int(piece.inputs.max()))
     assert 0 <= most < head.shape[0], f"id {most} is outside the vocabulary of {head.shape[0]}"
     inputs, positions, targets = (
-        torch.from_numpy(array).to(head.device).long() for array in (batch.inputs, batch.positions, batch.targets)
+        torch.from_numpy(array).to(head.device).long() for array in (piece.inputs, piece.positions, piece.targets)
     )
-    weights = torch.from_numpy(batch.weights / np.float32(divisor)).to(head.device)
     hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
-    rows = hidden.reshape(-1, hidden.shape[-1])[positions]
-    return (losses(head, rows, targets) * weights).sum()
+    return losses(head, hidden.reshape(-1, hidden.shape[-1])[positions], targets).sum()
+
+
+def evaluate(model: nn.Module, batch: Batch) -> float:
+    """The cross-entropy summed over the batch's labels."""
+    limit = POSITIONS_AT_A_TIME[model.device.type]
+    return sum(summed_loss(model, piece).item() for piece in pieces(batch, limit))
 
 
 class Step:
@@ -46,12 +85,14 @@ class Step:
     ) -> Callable[[], StepResult]:
         """Make the update; nothing moves if the loss or the gradient's norm is not finite."""
         num_supervised = sum(batch.num_supervised for batch in batches)  # the whole update's: never a mean of means
+        limit = POSITIONS_AT_A_TIME[self.layers.master.device.type]
         loss, gradient = 0.0, torch.zeros_like(self.layers.master)
         for batch, seed in zip(batches, dropout_seeds, strict=True):
             with self.layers.dropout(seed):
-                share = summed_loss(self.model, batch, num_supervised)
-                gradient += self.layers.gradient(share)
-            loss += share.item()
+                for piece in pieces(batch, limit):
+                    share = summed_loss(self.model, piece) / num_supervised
+                    gradient += self.layers.gradient(share)
+                    loss += share.item()
         self.layers.master.grad = gradient
         norm = torch.nn.utils.clip_grad_norm_(self.layers.master, MAX_NORM).item()
         updated = bool(np.isfinite(loss) and np.isfinite(norm))

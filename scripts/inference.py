@@ -1,0 +1,50 @@
+"""Ask the tuned model, one question after another; `exit` leaves.
+
+python scripts/inference.py                # the adapter in finetuned_model/, on the model that it was trained on
+python scripts/inference.py MODEL_FOLDER   # that model alone, for example a fused one
+"""
+
+import sys
+
+from mlx_fish.backends import Sampling
+from mlx_fish.errors import FishError
+from mlx_fish.generate import stream, turns_of
+from mlx_fish.hub import find_model
+from mlx_fish.session import Session, load_session
+from mlx_fish.template import choose_template, load_tokenizer
+
+
+def main() -> None:
+    if len(sys.argv) > 2 or sys.argv[1:] in (["-h"], ["--help"]):
+        sys.exit(__doc__)
+    try:
+        session = plain(sys.argv[1]) if len(sys.argv) == 2 else load_session(model=None, adapter=None, no_adapter=False)
+        backend = session.load()
+    except FishError as error:
+        sys.exit(f"Error: {error}")
+    while (question := ask("Question (or exit): ")) != "exit":
+        if not question:
+            continue
+        further = ask("Further input (or Enter): ")
+        if further == "exit":
+            break
+        for piece in stream(session, backend, turns_of(question, input=further), Sampling(repetition_penalty=1.1)):
+            print(piece, end="", flush=True)
+        print("\n")
+
+
+def plain(model: str) -> Session:
+    """A model without an adapter, in its own template."""
+    folder = find_model(model)
+    return Session(folder, None, choose_template("auto", load_tokenizer(folder), folder))
+
+
+def ask(prompt: str) -> str:
+    """A line typed by the person, the prompt on stderr; the end of the input is `exit`."""
+    print(prompt, end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    return line.strip() if line else "exit"
+
+
+if __name__ == "__main__":
+    main()
