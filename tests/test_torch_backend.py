@@ -57,7 +57,7 @@ def test_the_logits_of_the_whole_vocabulary_never_exist():
 
         def __torch_dispatch__(self, function, types, arguments=(), named=None):
             out = function(*arguments, **(named or {}))
-            if isinstance(out, torch.Tensor) and out._base is None:  # a view takes no memory
+            if out.untyped_storage().data_ptr() != WEIGHT.untyped_storage().data_ptr():  # a view takes no memory
                 self.size = max(self.size, out.numel())
             return out
 
@@ -85,11 +85,11 @@ def test_pieces_hold_every_label_once_in_its_context(rows, limit):
     found, sizes = [], []
     for piece in pieces(batch, limit):
         sizes.append(piece.inputs.size)
+        assert piece.inputs.size <= limit or len(piece.inputs) == 1
         for position, target in zip(piece.positions, piece.targets, strict=True):
             row, column = divmod(position, piece.inputs.shape[1])
             found.append((tuple(piece.inputs[row, : column + 1]), target))
     assert sorted(found) == sorted(labels)
-    assert all(size <= limit for size in sizes) or limit == 1
     assert len(sizes) == {1: len(rows), 10_000: 1}.get(limit, len(sizes))
     assert sum(sizes) <= batch.num_computed
 
