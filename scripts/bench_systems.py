@@ -80,18 +80,20 @@ def run_trainer(task: Task, report: Report) -> None:
     from torch.utils.data import SequentialSampler
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+    from mlx_fish.backends.torch import memory
     from mlx_fish.backends.torch.model import choose_device, choose_dtype
 
     device = choose_device()
     dtype = choose_dtype(task.folder.weights.dtype, device)
-    model = AutoModelForCausalLM.from_pretrained(task.folder.path, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(task.folder.path, dtype=dtype).to(device)
     rank = next(iter(task.spec.ranks.values()))
     targets = sorted({module.rsplit(".", 1)[-1] for module in task.spec.layers})
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
+    initial = task.initial
     for name, parameter in model.named_parameters():
         if "lora_" in name:  # the same start
-            parameter.data = torch.tensor(task.initial[name.replace(".default", "")]).to(parameter.dtype)
+            parameter.data = torch.tensor(initial[name.replace(".default", "")]).to(device, parameter.dtype)
     rows = trainer_order(task)
     batch_size = task.updates.rows_per_update
     losses: list[float] = []
@@ -147,10 +149,10 @@ def run_trainer(task: Task, report: Report) -> None:
         )
         touch_weights(model)
         report("loaded", wait=True, device=device.type, dtype=str(dtype).removeprefix("torch."))
-        before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+        memory.reset(device)
+        before = memory.peak(device)
         trainer.train()
-        peak = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else None
-        report("done", wait=True, memory=peak)
+        report("done", wait=True, memory=None if device.type == "cpu" else memory.peak(device) - before)
 
 
 SYSTEMS: dict[str, Callable[[Task, Report], None]] = {"mlx-fish": run_mlx_fish, "trainer": run_trainer}

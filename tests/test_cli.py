@@ -247,7 +247,7 @@ def test_peft_loads_the_adapter_whole(trained):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")  # PEFT goes on without them
         tuned = PeftModel.from_pretrained(plain, folder).eval()
-    assert set(get_peft_model_state_dict(tuned)) == set(load_adapter(folder).arrays)
+    assert set(get_peft_model_state_dict(tuned, save_embedding_layers=False)) == set(load_adapter(folder).arrays)
     ids = np.arange(5, 60, dtype=np.int32)
     ours = load_session(model="tiny", adapter=folder, no_adapter=False).load().logits(ids)
     with torch.no_grad():
