@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlx_fish.blas import load_openblas
 from mlx_fish.data import Example, Turn
 from mlx_fish.errors import FishError, did_you_mean
 from mlx_fish.model_folder import ModelFolder
@@ -114,7 +113,6 @@ def load_tokenizer(folder: ModelFolder) -> Any:
     """The tokenizer of a model folder, as transformers reads it. Never runs the model's own code."""
     if not (folder.path / "tokenizer.json").is_file():
         raise FishError(f"{folder.path} has no tokenizer.json; fetch the tokenizer files of the model.")
-    load_openblas()  # transformers imports mlx when it is there
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from mlx_fish.adapter import LoraSpec, choose_layers, initial_arrays
+from mlx_fish.backends import choose_backend
 from mlx_fish.batches import Updates
 from mlx_fish.config import TrainConfig
 from mlx_fish.data import load_dataset
@@ -43,6 +44,7 @@ class Task:
 
 
 def make_task(options: argparse.Namespace) -> Task:
+    choose_backend(options.backend)  # before transformers is imported
     folder = find_model(options.model)
     template = choose_template("auto", load_tokenizer(folder), folder)
     examples = load_dataset("fish_care").splits["train"][: options.updates * options.batch_size]

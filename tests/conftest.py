@@ -1,9 +1,10 @@
-"""What several tests share. OpenBLAS is loaded before anything imports mlx."""
+"""What several tests share. torch is imported before OpenBLAS is loaded, and OpenBLAS before anything imports mlx."""
 
 import os
 from pathlib import Path
 
 import pytest
+import torch  # noqa: F401  (bound to its own BLAS: with OpenBLAS's threads beside its own it crawls)
 
 from mlx_fish.blas import load_openblas
 
