@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from mlx_fish.adapter import CONFIG_FILE, RUN_FILE, WEIGHTS_FILE
+from mlx_fish.adapter import RUN_FILE, WEIGHTS_FILE, is_adapter
 from mlx_fish.errors import FishError, did_you_mean
 
 DEFAULT_OUTPUT = Path("finetuned_model")
@@ -40,12 +40,12 @@ def find_adapter(adapter: Path | None) -> Path | None:
     """The adapter folder asked for, else the default one when a run left it there."""
     if adapter is None:
         return DEFAULT_OUTPUT if (DEFAULT_OUTPUT / WEIGHTS_FILE).is_file() else None
-    if not (adapter / WEIGHTS_FILE).is_file() or not (adapter / CONFIG_FILE).is_file():
+    if not is_adapter(adapter):
         near = (
             [path.parent.name for path in adapter.parent.glob(f"*/{WEIGHTS_FILE}")] if adapter.parent.is_dir() else []
         )
         raise FishError(
-            f"--adapter {adapter}: a folder with {WEIGHTS_FILE} and {CONFIG_FILE} was expected; run `mlx-fish train` first."
+            f"--adapter {adapter}: a folder with {WEIGHTS_FILE} and its config was expected; run `mlx-fish train` first."
             f"{did_you_mean(adapter.name, near)}"
         )
     return adapter

@@ -20,7 +20,7 @@ from mlx_fish.backends import Backend, Sampling, load_backend
 from mlx_fish.batches import Batch, Updates, fixed_batches, padding_share
 from mlx_fish.checkpoint import save_checkpoint
 from mlx_fish.config import TrainConfig
-from mlx_fish.data import Dataset, Turn, load_dataset
+from mlx_fish.data import Dataset, Example, Turn, load_dataset
 from mlx_fish.errors import FishError
 from mlx_fish.files import write_json, write_text
 from mlx_fish.hub import find_model
@@ -266,7 +266,11 @@ def run_record(plan: Plan, results: dict[str, Any]) -> dict[str, Any]:
             "revision": plan.folder.revision,
             "fingerprint": plan.folder.fingerprint,
         },
-        "template": {"name": plan.template.name, "end_token_id": plan.template.end_token_id},
+        "template": {
+            "name": plan.template.name,
+            "end_token_id": plan.template.end_token_id,
+            "system": shared_system(plan.dataset.splits["train"]),
+        },
         "data": {
             "name": plan.dataset.name,
             "sha256": plan.dataset.hashes,
@@ -275,6 +279,12 @@ def run_record(plan: Plan, results: dict[str, Any]) -> dict[str, Any]:
         },
         "results": results,
     }
+
+
+def shared_system(rows: list[Example]) -> str | None:
+    """The system prompt with which every row begins; None when there is none, or more than one."""
+    found = {row.turns[0].content if row.turns[0].role == "system" else None for row in rows}
+    return found.pop() if len(found) == 1 else None
 
 
 def _close(plan: Plan, output: Path, results: dict[str, Any]) -> None:
