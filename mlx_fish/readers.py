@@ -8,6 +8,7 @@ The request and the answers are described at `Request` in `verify.py`.
 """
 
 import json
+import os
 import sys
 import urllib.request
 import warnings
@@ -17,6 +18,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+SMALL_VOCABULARY = 20_000
 
 LogProbs = npt.NDArray[np.float32]
 Forward = Callable[[list[int]], LogProbs]
@@ -111,7 +114,7 @@ def read_peft(request: dict[str, Any]) -> dict[str, Any]:
     return reference(_torch_forward(model), base, request)
 
 
-def _load_mlx_lm(folder: str, adapter: str | None = None) -> Forward:
+def _load_mlx_lm(folder: str, adapter: str | None = None, config: dict[str, Any] | None = None) -> Forward:
     """On the CPU in float32, so that its own rounding is not taken for the artifact's."""
     from mlx_fish.blas import load_openblas
 
@@ -122,20 +125,20 @@ def _load_mlx_lm(folder: str, adapter: str | None = None) -> Forward:
     import mlx_lm
     from mlx.utils import tree_map
 
-    model = mlx_lm.load(folder, adapter_path=adapter)[0]
+    model = mlx_lm.load(folder, adapter_path=adapter, model_config=config or {})[0]
     half = (mx.bfloat16, mx.float16)
     model.update(tree_map(lambda a: a.astype(mx.float32) if a.dtype in half else a, model.parameters()))
     return lambda ids: np.array(model(mx.array([ids]))[0].astype(mx.float32))
 
 
 def read_mlx_lm(request: dict[str, Any]) -> dict[str, Any]:
-    return answer_rows(_load_mlx_lm(request["path"], request.get("adapter")), request)
+    return answer_rows(_load_mlx_lm(request["path"], request["adapter"], request["config"]), request)
 
 
 def read_mlx_lm_reference(request: dict[str, Any]) -> dict[str, Any]:
     """The reference for an adapter in mlx-lm's layout."""
-    tuned = _load_mlx_lm(request["path"], request["adapter"])
-    return reference(tuned, _load_mlx_lm(request["path"]), request)
+    tuned = _load_mlx_lm(request["path"], request["adapter"], request["config"])
+    return reference(tuned, _load_mlx_lm(request["path"], None, request["config"]), request)
 
 
 def read_mlx_fish_reference(request: dict[str, Any]) -> dict[str, Any]:
@@ -207,10 +210,13 @@ def _llama_parameters(xllamacpp: Any, request: dict[str, Any]) -> Any:
     parameters.n_gpu_layers = 0
     parameters.n_parallel = 1
     parameters.warmup = False
+    for threads in (parameters.cpuparams, parameters.cpuparams_batch):  # a tiny model is slowed by a second thread
+        threads.n_threads = 1 if request["vocab_size"] <= SMALL_VOCABULARY else os.cpu_count() or 1
+        threads.poll = 0
     parameters.verbosity = -1
     parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    if request.get("adapter"):
+    if request["adapter"]:
         parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(request["adapter"], 1.0)]
     return parameters
 
