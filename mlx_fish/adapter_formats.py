@@ -53,7 +53,9 @@ def check_peft(folder: Path, config: dict[str, Any]) -> None:
         raise FishError(f"{folder} holds a {config.get('peft_type')} adapter; LORA was expected.")
     for key, reason in _REFUSED.items():
         if config.get(key):
-            raise FishError(f"{path} sets {key}: {reason}, which mlx-fish does not compute; merge it with PEFT instead.")
+            raise FishError(
+                f"{path} sets {key}: {reason}, which mlx-fish does not compute; merge it with PEFT instead."
+            )
     if config.get("bias", "none") != "none":
         raise FishError(f"{path} sets bias: biases were trained beside LoRA, which mlx-fish does not compute.")
     start = config.get("init_lora_weights", True)

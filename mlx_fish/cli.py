@@ -258,10 +258,17 @@ GGUF_TYPES = click.Choice(["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m"], case
 
 @main.command()
 @click.option("--to-hf", is_flag=True, help="A Hugging Face folder (safetensors).")
-@click.option("--to-gguf", "gguf_types", type=GGUF_TYPES, multiple=True, help="A GGUF file; may be given several times.")
+@click.option(
+    "--to-gguf", "gguf_types", type=GGUF_TYPES, multiple=True, help="A GGUF file; may be given several times."
+)
 @click.option("--to-gguf-adapter", is_flag=True, help="The adapter alone as GGUF, for llama.cpp's --lora.")
 @click.option(
-    "--to-ollama", "ollama", is_flag=False, flag_value="my-model", metavar="[NAME]", help="A folder for `ollama create NAME`."
+    "--to-ollama",
+    "ollama",
+    is_flag=False,
+    flag_value="my-model",
+    metavar="[NAME]",
+    help="A folder for `ollama create NAME`.",
 )
 @click.option("--ollama-type", type=GGUF_TYPES, default="q8_0", show_default=True, help="GGUF type for Ollama.")
 @click.option("--ollama-adapter", is_flag=True, help="For Ollama: base and adapter in two files, not merged.")
@@ -344,7 +351,13 @@ QUESTION = "金鱼为什么浮头？"
 
 
 def _check_fuse_options(
-    ollama: str | None, ollama_adapter: bool, create: bool, to_mlx: bool, mlx_bits: str | None, to_hf: bool, dtype: str | None
+    ollama: str | None,
+    ollama_adapter: bool,
+    create: bool,
+    to_mlx: bool,
+    mlx_bits: str | None,
+    to_hf: bool,
+    dtype: str | None,
 ) -> None:
     """No option is accepted and ignored."""
     if ollama is None and (create or ollama_adapter):
@@ -360,9 +373,13 @@ def _told(artifact: Any) -> str:
     line = f"{artifact.path}: {artifact.dtype}, {size_text(artifact.num_bytes)}"
     if artifact.kept is None:
         return line
-    line += f"; {artifact.kept:.1%} of the adapter's change survives, {artifact.changed:.1%} of the adapted weights altered"
+    line += (
+        f"; {artifact.kept:.1%} of the adapter's change survives, {artifact.changed:.1%} of the adapted weights altered"
+    )
     if artifact.kept < 0.95:
-        line += f"\n! {artifact.dtype} swallows part of this adapter; float32 (f32 in GGUF) keeps all of it, float16 most"
+        line += (
+            f"\n! {artifact.dtype} swallows part of this adapter; float32 (f32 in GGUF) keeps all of it, float16 most"
+        )
     return line
 
 

@@ -142,7 +142,9 @@ def open_target(target: Target, folder: Path, opening: Opening) -> tuple[list[Jo
         if target.bits is None:
             writer = HfWriter(folder, model, dtype=dtype, shard_bytes=opening.shard_bytes, **beside)
         else:
-            writer = QuantizedWriter(folder, model, dtype=dtype, bits=target.bits, group_size=target.group_size, **beside)
+            writer = QuantizedWriter(
+                folder, model, dtype=dtype, bits=target.bits, group_size=target.group_size, **beside
+            )
         artifact = Artifact(target.kind, target.out, writer.dtype, writer.num_bytes)
         return [Job(artifact, writer, survival=Survival(quantized=target.bits is not None))], []
     write_json(folder / RECORD, record)
@@ -167,5 +169,3 @@ def _gguf_job(target: Target, folder: Path, file_type: str, opening: Opening) ->
     adapter = target.out / adapter_name if adapter_name else None
     artifact = Artifact(target.kind, target.out / name, file_type, writer.num_bytes, adapter=adapter)
     return Job(artifact, writer, of_base=target.as_adapter, survival=Survival(quantized=file_type.startswith("q")))
-
-

@@ -22,7 +22,7 @@ from mlx_fish.files import read_json, write_bytes
 Float32 = npt.NDArray[np.float32]
 DTYPES = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2)}
 NAMES = {stored: name for name, (stored, _) in DTYPES.items()}
-_WIDTHS = {stored: width for stored, width in DTYPES.values()} | {"U32": 4}
+_WIDTHS = {**dict(DTYPES.values()), "U32": 4}
 SHARD_BYTES = 5_000_000_000
 # Elements cast at a time: bounds the memory, and stays in the cache (measured: 3 times faster than 1 << 24).
 _PIECE = 1 << 18

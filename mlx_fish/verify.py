@@ -130,7 +130,7 @@ def verify_artifacts(
     if not wanted:
         return []
     with tempfile.TemporaryDirectory(prefix="mlx-fish-verify-") as folder:
-        check = _Check(base, adapter, Path(folder))
+        check = Check(base, adapter, Path(folder))
         found = []
         for artifact in wanted:
             comparison = check.compare(artifact, readers[artifact])
@@ -142,11 +142,18 @@ def verify_artifacts(
     return found
 
 
-class _Check:
+class Check:
     """The reference, computed once, and what it is compared with."""
 
-    def __init__(self, base: ModelFolder, adapter: Adapter, folder: Path):
-        self.base, self.adapter, self.folder = base, adapter, folder
+    def __init__(
+        self,
+        base: ModelFolder,
+        adapter: Adapter,
+        folder: Path,
+        ask: "Callable[[dict[str, Any], Path], dict[str, Any]] | None" = None,
+    ):
+        """`folder` is a place for temporary files; `ask` puts a request to a reader, `ask_reader` unless told."""
+        self.base, self.adapter, self.folder, self.ask = base, adapter, folder, ask or ask_reader
         self.values = plain_base(base)
         self.model = _model(base, adapter, self.values)
         self.vocab_size = int(self.values.config["vocab_size"])
@@ -187,34 +194,27 @@ class _Check:
         return self.values.path if self.values.path.is_dir() else self.base.path
 
     def _run(self, reader: str, *, path: str, adapter: str | None) -> dict[str, Any]:
-        """One reader in a process of its own; judged by what it wrote, since some crash on leaving."""
-        out = self.folder / "answers.npz"
-        out.unlink(missing_ok=True)
-        request = {
-            "reader": reader,
-            "path": path,
-            "adapter": adapter,
-            # mlx-lm reads only the older form of rope_theta, which a base of others need not have; our own folders do.
-            "config": {"rope_theta": self.values.config.get("rope_theta")} if path == str(self._reference_base()) else None,
-            "tokenizer": str(self.model.tokenizer_folder),
-            "template": self.model.own_template(),
-            "bos": _bos(self.model.tokenizer_folder),
-            "questions": QUESTIONS,
-            "positions": self.positions,
-            "vocab_size": self.vocab_size,
-            "rows": getattr(self, "rows", None),
-            "prompts": getattr(self, "prompts", None),
-            "out": str(out),
-        }
-        command = [sys.executable, "-m", "mlx_fish.readers"]
-        child = subprocess.run(
-            command, input=json.dumps(request), capture_output=True, text=True, timeout=_TIMEOUT, check=False
+        """What a reader makes of a file or folder."""
+        return self.ask(
+            {
+                "reader": reader,
+                "path": path,
+                "adapter": adapter,
+                # mlx-lm reads only the older form of rope_theta, which a base of others need not have; our folders do.
+                "config": {"rope_theta": self.values.config.get("rope_theta")}
+                if path == str(self._reference_base())
+                else None,
+                "tokenizer": str(self.model.tokenizer_folder),
+                "template": self.model.own_template(),
+                "bos": _bos(self.model.tokenizer_folder),
+                "questions": QUESTIONS,
+                "positions": self.positions,
+                "vocab_size": self.vocab_size,
+                "rows": getattr(self, "rows", None),
+                "prompts": getattr(self, "prompts", None),
+            },
+            self.folder,
         )
-        if not out.is_file():
-            reason = (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
-            raise FishError(f"{reader} cannot read {path}: {reason}")
-        with np.load(out) as stored:
-            return dict(stored)
 
     def _base_gguf(self) -> Path:
         """The base in float32, for an adapter file that needs one."""
@@ -225,6 +225,25 @@ class _Check:
                 writer.put(name, self.values.read(name))
             writer.close()
         return path
+
+
+def ask_reader(request: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Put a request to a reader in a process of its own; judged by what it wrote, since some crash on leaving."""
+    out = folder / "answers.npz"
+    out.unlink(missing_ok=True)
+    child = subprocess.run(
+        [sys.executable, "-m", "mlx_fish.readers"],
+        input=json.dumps({**request, "out": str(out)}),
+        capture_output=True,
+        text=True,
+        timeout=_TIMEOUT,
+        check=False,
+    )
+    if not out.is_file():
+        reason = (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
+        raise FishError(f"{request['reader']} cannot read {request['path']}: {reason}")
+    with np.load(out) as stored:
+        return dict(stored)
 
 
 def mean_kl(expected: npt.NDArray[np.float32], found: npt.NDArray[np.float32]) -> float:

@@ -31,10 +31,15 @@ def test_what_is_written_is_read_back_or_refused(value: str) -> None:
     try:
         text = written("SYSTEM", value)
     except ModelfileError:
-        harmful = '"""' in value or value.startswith('"') or value.endswith('"') or "\u3000" in value or "\u200b" in value
+        harmful = (
+            '"""' in value or value.startswith('"') or value.endswith('"') or "\u3000" in value or "\u200b" in value
+        )
         assert harmful or not value.strip() or value != value.strip() or "\r" in value
         return
-    assert read_modelfile("FROM x\n" + text + "PARAMETER seed 1\n")[1:] == [Command("system", value), Command("seed", "1")]
+    assert read_modelfile("FROM x\n" + text + "PARAMETER seed 1\n")[1:] == [
+        Command("system", value),
+        Command("seed", "1"),
+    ]
 
 
 @pytest.mark.parametrize("value", ['a """\nb', "你好\u3000世界", "zero\u200bwidth"])
@@ -43,6 +48,8 @@ def test_what_the_grammar_damages_is_refused(value: str) -> None:
         written("SYSTEM", value)
 
 
-@pytest.mark.parametrize("value", ["plain", "two\nlines", '"quoted"', " edges ", "你是一名观赏鱼医生。", "a # b", '{{ "x" }}'])
+@pytest.mark.parametrize(
+    "value", ["plain", "two\nlines", '"quoted"', " edges ", "你是一名观赏鱼医生。", "a # b", '{{ "x" }}']
+)
 def test_usual_values(value: str) -> None:
     assert read_modelfile("FROM x\n" + written("SYSTEM", value))[1] == Command("system", value)

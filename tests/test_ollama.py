@@ -29,7 +29,18 @@ REMINDS = "{% for m in messages %}{{ m['content'] }}<end>{% endfor %}{{ messages
 
 def conversations() -> list[list[dict[str, str]]]:
     """A score of them: one turn and many, with a system prompt and without, whatever characters people type."""
-    questions = ["金鱼为什么浮头？", 'say "hi"', "{{ .Content }}", "a\n\nb", "\u3000全角", "24 ℃?", "# 1", "<think>", "x" * 200, "\\n"]
+    questions = [
+        "金鱼为什么浮头？",
+        'say "hi"',
+        "{{ .Content }}",
+        "a\n\nb",
+        "\u3000全角",
+        "24 ℃?",
+        "# 1",
+        "<think>",
+        "x" * 200,
+        "\\n",
+    ]
     found = []
     for number, question in enumerate(questions):
         other = questions[number - 3]
@@ -106,7 +117,9 @@ def test_system_prompt_arrives_whole(system: str, tokenizer: Any, tmp_path: Path
     jinja = Template("chatml", tokenizer).jinja
     model = model_with(tokenizer, jinja, tmp_path / "tokenizer", system=system)
     write_modelfile(tmp_path, model, name="fish", file_name="model.gguf")
-    found = {command.name: command.args for command in read_modelfile((tmp_path / "Modelfile").read_text(encoding="utf-8"))}
+    found = {
+        command.name: command.args for command in read_modelfile((tmp_path / "Modelfile").read_text(encoding="utf-8"))
+    }
     asked = [{"role": "user", "content": "q"}]
     expected = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
     assert ollama_prompt(found["template"], asked, system=found.get("system", "")) == expected

@@ -133,7 +133,9 @@ def check_architecture(config: Mapping[str, Any]) -> None:
             "--to-hf and llama.cpp's own converter."
         )
     if config.get("use_sliding_window"):
-        raise FishError("this model attends through a sliding window, which llama.cpp does not do for qwen2; use --to-hf.")
+        raise FishError(
+            "this model attends through a sliding window, which llama.cpp does not do for qwen2; use --to-hf."
+        )
     rope_factors(config)
 
 
@@ -146,7 +148,9 @@ def tensor_names(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any
     names = {name: known.get_name(name, try_suffixes=(".weight", ".bias")) for name in shapes}
     for name, found in names.items():
         if found is None:
-            raise FishError(f"the tensor {name} has no place in a GGUF file of a {config['model_type']} model; use --to-hf.")
+            raise FishError(
+                f"the tensor {name} has no place in a GGUF file of a {config['model_type']} model; use --to-hf."
+            )
     return names
 
 
@@ -213,7 +217,9 @@ def rope_factors(config: Mapping[str, Any]) -> npt.NDArray[np.float32] | None:
         return None
     usual = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     if kind != "llama3" or any(scaling.get(key) != value for key, value in usual.items()):
-        raise FishError(f"this model scales its rotary positions by the rule {kind}, which mlx-fish cannot write to GGUF; use --to-hf.")
+        raise FishError(
+            f"this model scales its rotary positions by the rule {kind}, which mlx-fish cannot write to GGUF; use --to-hf."
+        )
     heads = int(config["num_attention_heads"])
     head_dim = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
     return llama3_factors(head_dim, float(config["rope_theta"]), float(scaling["factor"]))

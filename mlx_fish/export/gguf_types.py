@@ -78,7 +78,7 @@ def num_bytes(shape: tuple[int, ...], type_name: str) -> int:
     from gguf.constants import GGML_QUANT_SIZES
 
     block, block_bytes = GGML_QUANT_SIZES[ggml_type(type_name)]
-    return math.prod(shape) // block * block_bytes
+    return math.prod(shape) // int(block) * int(block_bytes)
 
 
 def ggml_type(type_name: str) -> "GGMLQuantizationType":

@@ -85,7 +85,9 @@ def _scores(model: dict[str, Any], tokens: list[str], types: list[int]) -> list[
         pair = merge.split(" ") if isinstance(merge, str) else merge
         ranks.setdefault("".join(pair), rank)
     last = len(ranks)
-    return [-float(ranks.get(token, last)) if kind == _NORMAL else 0.0 for token, kind in zip(tokens, types, strict=True)]
+    return [
+        -float(ranks.get(token, last)) if kind == _NORMAL else 0.0 for token, kind in zip(tokens, types, strict=True)
+    ]
 
 
 def _pre_tokenizer(stored: dict[str, Any], path: Path) -> str:

@@ -90,7 +90,7 @@ def go_string(text: str) -> str:
             pieces.append(character)
         else:
             pieces.append(f"\\u{ord(character):04x}" if ord(character) < 0x10000 else f"\\U{ord(character):08x}")
-    return '"' + "".join(pieces).replace("{{", '{\\u007b') + '"'
+    return '"' + "".join(pieces).replace("{{", "{\\u007b") + '"'
 
 
 def is_kept(character: str) -> bool:
@@ -174,7 +174,15 @@ def _common_prefix(one: str, other: str) -> str:
 
 def _probes(has_system: bool) -> list[list[Message]]:
     """Conversations with what templates are known to look at: length, line ends, code, braces, tags, digits."""
-    contents = ["金鱼为什么浮头？", "a", "1. x\n2. y", "{{ .Role }} {% if %}", "<think>x</think> \\n", "24℃？", "print('你好')"]
+    contents = [
+        "金鱼为什么浮头？",
+        "a",
+        "1. x\n2. y",
+        "{{ .Role }} {% if %}",
+        "<think>x</think> \\n",
+        "24℃？",
+        "print('你好')",
+    ]
     found: list[list[Message]] = []
     for number, content in enumerate(contents):
         other = contents[(number + 3) % len(contents)]

@@ -14,7 +14,17 @@ from mlx_fish.errors import FishError
 from mlx_fish.export import MergedModel
 from mlx_fish.export.hf import stored_config, write_beside
 from mlx_fish.files import write_json
-from mlx_fish.tensors import DTYPES, SHARD_BYTES, Float32, ShardWriter, Slot, decode, encode, encoded_pieces, write_safetensors
+from mlx_fish.tensors import (
+    DTYPES,
+    SHARD_BYTES,
+    Float32,
+    ShardWriter,
+    Slot,
+    decode,
+    encode,
+    encoded_pieces,
+    write_safetensors,
+)
 
 
 class QuantizedWriter:

@@ -26,16 +26,22 @@ _SAMPLING = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "
 
 def check_name(name: str) -> None:
     if not _NAME.fullmatch(name):
-        raise FishError(f"--to-ollama {name}: a name of small letters, digits and . _ - was expected, such as fish or me/fish:v1.")
+        raise FishError(
+            f"--to-ollama {name}: a name of small letters, digits and . _ - was expected, such as fish or me/fish:v1."
+        )
 
 
 def check_ollama() -> None:
     """Refuse `--create` before any work when there is no ollama."""
     if shutil.which("ollama") is None:
-        raise FishError("--create needs `ollama` on the PATH, and it is not there; leave it out, and create the model later.")
+        raise FishError(
+            "--create needs `ollama` on the PATH, and it is not there; leave it out, and create the model later."
+        )
 
 
-def write_modelfile(folder: Path, model: MergedModel, *, name: str, file_name: str, adapter_name: str | None = None) -> None:
+def write_modelfile(
+    folder: Path, model: MergedModel, *, name: str, file_name: str, adapter_name: str | None = None
+) -> None:
     """Write `Modelfile` beside the GGUF files that it names.
 
     Raises:
@@ -57,10 +63,15 @@ def write_modelfile(folder: Path, model: MergedModel, *, name: str, file_name: s
         try:
             command = written("SYSTEM", system)
         except ModelfileError:  # what SYSTEM cannot hold, TEMPLATE can: Go strings have escapes
-            go_text, command = template.text(system=system), "# The system prompt is in the TEMPLATE: SYSTEM cannot hold it.\n"
+            go_text, command = (
+                template.text(system=system),
+                "# The system prompt is in the TEMPLATE: SYSTEM cannot hold it.\n",
+            )
         lines.append(command)
     lines.append(_template_command(go_text))
-    lines += [written(f"PARAMETER {key}", value) for key, value in parameters(generation, _stops(generation, tokenizer))]
+    lines += [
+        written(f"PARAMETER {key}", value) for key, value in parameters(generation, _stops(generation, tokenizer))
+    ]
     lines.append(written("PARAMETER num_ctx", str(_context(model))))
     if model.license:
         lines.append(written("LICENSE", model.license))
@@ -71,7 +82,9 @@ def template_of(model: MergedModel, tokenizer: Any) -> GoTemplate:
     """The Go form of the chat template that the model was tuned with."""
     jinja = model.own_template()
     if jinja is None:
-        raise FishError("this model has no chat template, and Ollama needs one; use --to-gguf, or train with --template chatml.")
+        raise FishError(
+            "this model has no chat template, and Ollama needs one; use --to-gguf, or train with --template chatml."
+        )
 
     def render(messages: Sequence[Message], add_generation_prompt: bool) -> str:
         turns = [{"role": role, "content": content} for role, content in messages]
@@ -92,7 +105,9 @@ def parameters(generation: Mapping[str, Any], stops: Sequence[str]) -> list[tupl
     """PARAMETER lines for a generation config, whose silence means greedy."""
     found = [("stop", stop) for stop in stops]
     if generation.get("do_sample"):
-        found += [(name, _number(generation[key])) for key, name in _SAMPLING.items() if generation.get(key) is not None]
+        found += [
+            (name, _number(generation[key])) for key, name in _SAMPLING.items() if generation.get(key) is not None
+        ]
         if generation.get("temperature") is None:
             found.append(("temperature", "1"))  # transformers' default; Ollama's is 0.8
     else:
@@ -123,7 +138,9 @@ def _template_command(go_text: str) -> str:
     try:
         return written("TEMPLATE", go_text)
     except ModelfileError as error:
-        raise FishError("this chat template cannot be written into a Modelfile; train with --template chatml.") from error
+        raise FishError(
+            "this chat template cannot be written into a Modelfile; train with --template chatml."
+        ) from error
 
 
 def _tokenizer(model: MergedModel) -> Any:
