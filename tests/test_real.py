@@ -1,5 +1,6 @@
 """On real weights of Qwen2-0.5B's shape: MLX_FISH_TEST_MODEL=FOLDER make test."""
 
+import re
 import subprocess
 import sys
 
@@ -56,3 +57,21 @@ def test_the_converted_model_and_the_tuned_one_equal_transformers(run_folder, re
             theirs = model(torch.tensor(ids[None]).long()).logits[0].numpy()
         assert np.abs(ours - theirs).max() < 1e-3
         assert (ours.argmax(-1) == theirs.argmax(-1)).all()
+
+
+def test_gguf_files_are_the_tuned_model_in_llama_cpp(run_folder):
+    """One merge for all; `--verify` fails by itself above the tolerances, those of the issue are held here."""
+    options = ["--to-gguf", "f16", "--to-gguf", "q8_0", "--to-gguf", "q4_k_m", "--to-gguf-adapter", "--verify"]
+    command = [sys.executable, "-m", "mlx_fish", "fuse", *options, "--out", "out"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=run_folder, check=False)
+    assert done.returncode == 0, done.stderr
+    found = {}
+    for line in done.stderr.splitlines():
+        if match := re.search(
+            r"/([\w-]+)\.gguf read by llama\.cpp: max difference (\S+), KL (\S+) .* top-1 (\d+)%", line
+        ):
+            found[match[1]] = [float(match[number]) for number in (2, 3, 4)]
+    assert set(found) == {"model-f16", "model-q8_0", "model-q4_k_m", "adapter"}, done.stderr
+    assert found["model-f16"][2] == 100  # the same greedy answers
+    assert found["model-q8_0"][1] < 5e-3
+    assert found["adapter"][0] < 1e-3 and found["adapter"][2] == 100

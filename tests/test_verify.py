@@ -195,13 +195,25 @@ def test_a_missing_reader_is_told_or_refused(qwen_read: Pair, monkeypatch: pytes
         verify_artifacts(qwen_read.base, qwen_read.adapter, artifacts, required=True)
 
 
-def test_without_torch_the_trained_model_is_the_reference(
+def test_without_torch_mlx_reads_and_the_trained_model_is_the_reference(
     qwen_read: Pair, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(verify._NEEDS, "peft", "no_such_package")
+    for name in ("peft", "transformers"):
+        monkeypatch.setitem(verify._NEEDS, name, "no_such_package")
     check = Check(qwen_read.base, qwen_read.adapter, tmp_path, ask_here)
     assert check.rows == qwen_read.check.rows
     assert np.abs(check.expected - qwen_read.check.expected).max() < EXACT
+    artifact = qwen_read.found["hf", "float32"].artifact
+    reader = verify._reader_of(artifact)
+    assert reader == "mlx-lm" and check.compare(artifact, reader).difference < EXACT
+
+
+def test_an_mlx_lm_adapter_is_its_own_reference(qwen_read: Pair, tmp_path: Path) -> None:
+    """Out to mlx-lm's layout and in again: mlx-lm's own adapter model is what everything is compared with."""
+    again = load_adapter(qwen_read.found["mlx-adapter", "float32"].artifact.path)
+    check = Check(qwen_read.base, again, tmp_path, ask_here)
+    result = fuse(base=qwen_read.base, adapter=again, targets=[Target("hf", tmp_path / "hf", dtype="float32")])
+    assert check.compare(result.artifacts[0], "transformers").difference < EXACT
 
 
 def test_mean_kl() -> None:

@@ -115,7 +115,7 @@ def as_read(array: Float32, type_name: str, name: str) -> Float32:
 
 def _quantized(flat: Float32, type_name: str, columns: int) -> npt.NDArray[np.uint8]:
     """Whole rows, flat -> packed bytes."""
-    if type_name in _BY_LIBGGUF or type_name == "Q5_0":
+    if type_name in _BY_LIBGGUF:
         quantize_rows: Any = _libgguf().quantize_rows
         return np.frombuffer(quantize_rows(flat.reshape(-1, columns), ggml_type(type_name)), np.uint8)
     from gguf.quants import quantize
