@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_fish.adapter import WEIGHTS_FILE, Adapter
+from mlx_fish.convert import convert
 from mlx_fish.errors import FishError
 from mlx_fish.export import MergedModel
 from mlx_fish.export.gguf import GgufWriter
@@ -126,6 +127,12 @@ def verify_artifacts(
             if required:
                 raise FishError(f"--verify: {missing}.")
             say(f"! {missing}")
+    if not _has_peft() and not _installed("mlx-lm"):
+        missing = "neither PEFT nor MLX is installed to compute the adapter model, so nothing was read back"
+        if required:
+            raise FishError(f"--verify: {missing}; run `pip install 'mlx-fish[verify]'`.")
+        say(f"! {missing}")
+        return []
     wanted = [artifact for artifact, reader in readers.items() if _installed(reader)]
     if not wanted:
         return []
@@ -186,12 +193,16 @@ class Check:
     def _reference_reader(self) -> str:
         if not (self.adapter.path / WEIGHTS_FILE).is_file():
             return "mlx-lm-reference"
-        plain = self.values.path.is_dir() and not self.values.expanded
-        return "peft" if plain and _installed("transformers") and _installed("peft") else "mlx-fish-reference"
+        return "peft" if not self.values.expanded and _has_peft() else "mlx-fish-reference"
 
     def _reference_base(self) -> Path:
-        """The folder whose values were fused; of a GGUF original only the quantised folder is one."""
-        return self.values.path if self.values.path.is_dir() else self.base.path
+        """The folder whose values were fused; one is made of a GGUF original."""
+        if self.values.path.is_dir():
+            return self.values.path
+        folder = self.folder / "original"
+        if not folder.is_dir():
+            convert(model=str(self.values.path), out=folder, dtype="float32")
+        return folder
 
     def _run(self, reader: str, *, path: str, adapter: str | None) -> dict[str, Any]:
         """What a reader makes of a file or folder."""
@@ -274,6 +285,10 @@ def _reader_of(artifact: Artifact) -> str:
 
 def _installed(reader: str) -> bool:
     return importlib.util.find_spec(_NEEDS[reader]) is not None
+
+
+def _has_peft() -> bool:
+    return _installed("transformers") and _installed("peft")
 
 
 def _bos(folder: Path) -> str:

@@ -214,6 +214,8 @@ def test_a_quantised_base_made_from_a_gguf_file_uses_that_file(tmp_path: Path) -
     adapter = make_adapter(tmp_path / "adapter", whole)
     result = run_fuse(packed, adapter, tmp_path / "fused", dtype="float32")
     assert (result.original, result.expanded) == (source, False)
+    (comparison,) = verify_artifacts(packed, adapter, result.artifacts, required=True)
+    assert comparison.difference < 1e-4
     run_fuse(whole, adapter, tmp_path / "straight", dtype="float32")
     assert np.array_equal(hf_logits(tmp_path / "fused"), hf_logits(tmp_path / "straight"))
     source.rename(tmp_path / "elsewhere.gguf")

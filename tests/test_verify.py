@@ -195,6 +195,17 @@ def test_a_missing_reader_is_told_or_refused(qwen_read: Pair, monkeypatch: pytes
         verify_artifacts(qwen_read.base, qwen_read.adapter, artifacts, required=True)
 
 
+def test_nothing_to_compute_the_adapter_model_with(qwen_read: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("peft", "mlx-lm"):
+        monkeypatch.setitem(verify._NEEDS, name, "no_such_package")
+    artifacts = [qwen_read.found["gguf", "f32"].artifact]
+    said: list[str] = []
+    assert verify_artifacts(qwen_read.base, qwen_read.adapter, artifacts, required=False, say=said.append) == []
+    assert "nothing was read back" in said[0]
+    with pytest.raises(FishError, match="neither PEFT nor MLX"):
+        verify_artifacts(qwen_read.base, qwen_read.adapter, artifacts, required=True)
+
+
 def test_without_torch_mlx_reads_and_the_trained_model_is_the_reference(
     qwen_read: Pair, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
