@@ -49,6 +49,15 @@ class LoraSpec:
         return cls(layers, dict.fromkeys(layers, rank), dict.fromkeys(layers, alpha / rank), dropout)
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """PEFT's key -> shape, of every tensor."""
+        found: dict[str, tuple[int, ...]] = {}
+        for module, (out, inner) in self.layers.items():
+            found[key_a(module)] = (self.ranks[module], inner)
+            found[key_b(module)] = (out, self.ranks[module])
+        return found
+
+    @property
     def num_parameters(self) -> int:
         return sum(self.ranks[name] * (out + inner) for name, (out, inner) in self.layers.items())
 
@@ -143,14 +152,7 @@ def delta(adapter: Adapter, module: str) -> Float32:
 
 
 def save_adapter(folder: Path, arrays: Arrays, config: dict[str, Any]) -> None:
-    """Write the PEFT pair, each file whole or not at all.
-
-    Raises:
-        FishError: a tensor is not finite; such an adapter is worth nothing, and is never written.
-    """
-    for name, array in arrays.items():
-        if not np.isfinite(array).all():
-            raise FishError(f"{name} is not finite; nothing was written to {folder}.")
+    """Write the PEFT pair, each file whole or not at all. Weights that are not finite are refused (`write_safetensors`)."""
     write_json(folder / CONFIG_FILE, config)
     write_safetensors(folder / WEIGHTS_FILE, arrays, {"format": "pt"})
 

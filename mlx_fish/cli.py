@@ -28,6 +28,8 @@ class Group(click.Group):
                 raise
             click.echo(f"Error: {error}", err=True)
             ctx.exit(1)
+        except KeyboardInterrupt as stop:
+            ctx.exit(getattr(stop, "exit_code", 130))
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         try:
@@ -117,14 +119,27 @@ def train_options(command: Callable[..., None]) -> Callable[..., None]:
     "--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings; flags override it."
 )
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would be trained, and write nothing.")
-def train(config_file: Path | None, dry_run: bool, **flags: Any) -> None:
+@click.option(
+    "--resume",
+    "--resume-from-checkpoint",
+    is_flag=False,
+    flag_value="newest",
+    metavar="[CHECKPOINT]",
+    help="Go on with the run in --output-dir, with its own settings, from its newest whole checkpoint or the one named.",
+)
+def train(config_file: Path | None, dry_run: bool, resume: str | None, **flags: Any) -> None:
     """Tune a model with LoRA; writes a PEFT adapter."""
     settings = read_yaml(config_file) if config_file else {}
     settings.update({name: value for name, value in flags.items() if value is not None})
     config = TrainConfig(**settings)
-    from mlx_fish.train import train as run
+    if resume is not None and config.overwrite:
+        raise click.UsageError("--resume goes on with a run, --overwrite replaces it; give one of the two.")
+    from mlx_fish import train as room
 
-    run(config, dry_run=dry_run)
+    if resume is None:
+        room.train(config, dry_run=dry_run)
+    else:
+        room.resume(settings, resume, dry_run=dry_run)
 
 
 @main.command()

@@ -15,10 +15,12 @@ from typing import Any
 
 from mlx_fish.dataset_info import Columns, find_entry
 from mlx_fish.errors import FishError, did_you_mean
+from mlx_fish.files import is_path
 
 SPLITS = ("train", "valid", "test")
 DEFAULT_DATA = "fish_care"
 MAX_LINE_BYTES = 4 << 20
+MAX_ARRAY_BYTES = 256 << 20  # a .json file is parsed whole
 MAX_REPORTED = 20
 BUILT_IN = Path(__file__).parent / "data_sets"
 
@@ -55,23 +57,46 @@ class Example:
     where: str
 
 
+@dataclass
+class Mistakes:
+    """Broken rows: how many, and the first `MAX_REPORTED` of them as `file:line: what, what was expected`."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, mistake: str) -> None:
+        self.count += 1
+        if self.count <= MAX_REPORTED:
+            self.first.append(mistake)
+
+    def refuse(self) -> None:
+        """Raise a FishError that tells them together, if there are any."""
+        if self.count:
+            more = [f"… and {self.count - MAX_REPORTED} more"] if self.count > MAX_REPORTED else []
+            raise FishError("\n".join(self.first + more))
+
+
 @dataclass(frozen=True)
 class Dataset:
-    """What `--data` named: its examples by split, and a sha256 of each file read."""
+    """What `--data` named: its examples by split, a sha256 of each file read, and the broken rows that were left out."""
 
     name: str
     splits: dict[str, list[Example]]
     hashes: dict[str, str] = field(default_factory=dict)
+    skipped: Mistakes = field(default_factory=Mistakes)
 
 
 class RowError(Exception):
     """What is wrong with one row, without its place."""
 
 
-def load_dataset(data: str | None = None) -> Dataset:
+def load_dataset(data: str | None = None, *, skip_bad_rows: bool = False) -> Dataset:
     """Read `--data`: a .jsonl or .json file, a folder of train/valid/test files, or a name in dataset_info.json.
 
     A single file is split by content (`split_of`); a folder's own files are taken as they are.
+
+    Args:
+        skip_bad_rows: leave broken rows out (`Dataset.skipped` counts them) instead of refusing the data set.
 
     Raises:
         FishError: nothing there, or broken rows: up to twenty of them, each with file, line and what was expected.
@@ -79,17 +104,27 @@ def load_dataset(data: str | None = None) -> Dataset:
     name = data or DEFAULT_DATA
     path = Path(name)
     columns = None
-    if "\0" in name or len(name) > 4096:
-        raise FishError("--data: a file, a folder or a data set's name was expected.")
-    if path.is_dir():
-        return _load_folder(path)
-    if not path.is_file():
-        path, columns = find_entry(name, [Path("data"), *_built_in_folders()])
-    examples, digest = read_file(path, columns)
+    mistakes = Mistakes()
     splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
-    for example in examples:
-        splits[split_of(example)].append(example)
-    return Dataset(name, splits, {path.name: digest})
+    if not is_path(name):
+        raise FishError(f"--data {name[:40]!r}: a file, a folder or a data set's name was expected.")
+    if path.is_dir():
+        hashes = _load_folder(path, splits, mistakes)
+    else:
+        if not path.is_file():
+            path, columns = find_entry(name, [Path("data"), *_built_in_folders()])
+        examples, digest = _read(path, columns, mistakes)
+        hashes = {path.name: digest}
+        for example in examples:
+            splits[split_of(example)].append(example)
+    if not skip_bad_rows:
+        mistakes.refuse()
+    if not any(splits.values()):
+        raise FishError(
+            f"{path} holds no {'usable ' if mistakes.count else ''}rows; one JSON object a line was expected, "
+            'such as {"question": "…", "answer": "…"}.'
+        )
+    return Dataset(name if not path.is_dir() else str(path), splits, hashes, mistakes)
 
 
 def _built_in_folders() -> list[Path]:
@@ -97,18 +132,18 @@ def _built_in_folders() -> list[Path]:
     return [BUILT_IN, Path(__file__).parent.parent / "data"]
 
 
-def _load_folder(folder: Path) -> Dataset:
-    splits: dict[str, list[Example]] = {}
+def _load_folder(folder: Path, splits: dict[str, list[Example]], mistakes: Mistakes) -> dict[str, str]:
+    """Fill the splits from the folder's files; returns the files' sha256."""
     hashes = {}
     for split in SPLITS:
         for path in (folder / f"{split}.jsonl", folder / f"{split}.json"):
             if path.is_file():
-                splits[split], hashes[path.name] = read_file(path)
-    if "train" not in splits and "test" not in splits:
+                splits[split], hashes[path.name] = _read(path, None, mistakes)
+    if not any(name.startswith(("train.", "test.")) for name in hashes):
         raise FishError(
             f"{folder} has no train.jsonl; name a file, or put train.jsonl (and valid, test) into the folder."
         )
-    return Dataset(str(folder), {split: splits.get(split, []) for split in SPLITS}, hashes)
+    return hashes
 
 
 def split_of(example: Example) -> str:
@@ -127,26 +162,27 @@ def read_file(path: Path, columns: Columns | None = None) -> tuple[list[Example]
 
     Args:
         columns: how a dataset_info.json entry names its columns; None: recognise the shape row by row.
+
+    Raises:
+        FishError: broken rows, told together.
     """
+    mistakes = Mistakes()
+    examples, digest = _read(path, columns, mistakes)
+    mistakes.refuse()
+    return examples, digest
+
+
+def _read(path: Path, columns: Columns | None, mistakes: Mistakes) -> tuple[list[Example], str]:
+    """The good rows of one file and its sha256; the broken ones go to `mistakes`."""
     digest = hashlib.sha256()
     examples: list[Example] = []
-    mistakes: list[str] = []
     for where, row in _rows(path, digest):
         try:
             if isinstance(row, RowError):
                 raise row
             examples.append(Example(_parse(row, columns), where))
         except RowError as error:
-            mistakes.append(f"{where}: {error}")
-            if len(mistakes) == MAX_REPORTED:
-                mistakes.append("… (there may be more)")
-                break
-    if mistakes:
-        raise FishError("\n".join(mistakes))
-    if not examples:
-        raise FishError(
-            f'{path} holds no rows; one JSON object a line was expected, such as {{"question": "…", "answer": "…"}}.'
-        )
+            mistakes.add(f"{where}: {error}")
     return examples, digest.hexdigest()
 
 
@@ -154,6 +190,8 @@ def _rows(path: Path, digest: Any) -> Iterator[tuple[str, Any]]:
     """(file:line, the parsed row or the RowError it is). A .json file holds one array; its rows are counted from 1."""
     try:
         if path.suffix == ".json":
+            if path.stat().st_size > MAX_ARRAY_BYTES:
+                raise FishError(f"{path} is larger than {MAX_ARRAY_BYTES >> 20} MB; write one object a line (.jsonl).")
             content = path.read_bytes()
             digest.update(content)
             rows = _parse_json(content)
@@ -178,7 +216,10 @@ def _rows(path: Path, digest: Any) -> Iterator[tuple[str, Any]]:
                         where,
                         RowError(f"the line is longer than {MAX_LINE_BYTES >> 20} MB; one row a line was expected"),
                     )
-                    return
+                    while line and not line.endswith(b"\n"):  # to the line's end, without ever holding it
+                        line = file.readline(MAX_LINE_BYTES)
+                        digest.update(line)
+                    continue
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if line.strip():
@@ -194,6 +235,8 @@ def _parse_json(content: bytes) -> Any:
         return RowError(f"not UTF-8 (byte {error.start + 1}); save the file as UTF-8")
     except json.JSONDecodeError as error:
         return RowError(f"not valid JSON: {error.msg} at column {error.colno}")
+    except ValueError:  # Python's limit on the digits of a whole number
+        return RowError("a number of thousands of digits; text was expected")
     except RecursionError:
         return RowError("nested too deeply")
     except RowError as error:
