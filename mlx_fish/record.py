@@ -26,11 +26,14 @@ def adapter_config(plan: Plan) -> dict[str, Any]:
 
 
 def write_run(plan: Plan, output: Path, results: dict[str, Any]) -> None:
-    """run.json, the tokenizer and the generation config: all that `generate`, `evaluate` and `fuse` need to know."""
+    """run.json, the tokenizer and the generation config: all that `generate`, `evaluate` and `fuse` need to know.
+
+    run.json comes first: by it a folder is known as a run, however soon that is killed.
+    """
+    write_json(output / RUN_FILE, run_record(plan, results))
     copy_tokenizer(plan.folder.path, output, chat_template=plan.template.jinja)
     generation = {**plan.folder.generation_config, "eos_token_id": list(end_ids(plan))}
     write_json(output / "generation_config.json", generation)
-    write_json(output / RUN_FILE, run_record(plan, results))
 
 
 def run_record(plan: Plan, results: dict[str, Any]) -> dict[str, Any]:

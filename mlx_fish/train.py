@@ -77,6 +77,7 @@ def resume(settings: dict[str, Any], checkpoint: str = NEWEST, *, dry_run: bool 
         check_same(point, plan, run_record(plan, {}))
         check_arrays(point, plan)
         if point.step >= plan.iters and point.has_results:
+            clean(output)
             say(f"{output} is complete: it did its {plan.iters} updates; a higher --iters would train on.")
             return output
         describe(plan)
@@ -272,11 +273,11 @@ def _save(plan: Plan, backend: Backend, output: Path, step: int, state: dict[str
 
 def _close(plan: Plan, output: Path, results: dict[str, Any]) -> None:
     record = run_record(plan, results)
-    write_json(output / RUN_FILE, record)
     write_text(
         output / "README.md",
         adapter_card(Tuning.from_run(record, base=plan.folder.name, license=license_of(plan.folder.path))),
     )
+    write_json(output / RUN_FILE, record)  # last: a record with results is that of a complete run
     say(f"\n  {SAMPLE_QUESTION}")
     say(f"  before: {results['before']}")
     say(f"  after:  {results['after']}\n")
