@@ -1,6 +1,7 @@
 """The command line: read the options, call one function, print. Each command imports its room inside, so `--help` is quick."""
 
 import dataclasses
+import errno
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ import click
 from mlx_fish import __version__
 from mlx_fish.config import TrainConfig, flag_name, kind_of, read_yaml
 from mlx_fish.errors import FishError
+from mlx_fish.report import say
 
 DTYPES = click.Choice(["float32", "float16", "bfloat16"])
 
@@ -30,6 +32,12 @@ class Group(click.Group):
             ctx.exit(1)
         except KeyboardInterrupt as stop:
             ctx.exit(getattr(stop, "exit_code", 130))
+        except OSError as error:
+            if error.errno != errno.ENOSPC or error.filename:
+                raise
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (what could not be written is not tried again at the end)
+            click.echo(f"Error: cannot write the answer: {error.strerror}.", err=True)
+            ctx.exit(1)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         try:
@@ -336,7 +344,3 @@ class byte_bar:  # noqa: N801 (used like a function)
 
 def size_text(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
-
-
-def say(text: str) -> None:
-    click.echo(text, err=True)

@@ -13,7 +13,7 @@ from mlx_fish.data import Dataset, Example, Mistakes
 from mlx_fish.errors import FishError
 from mlx_fish.model_folder import ModelFolder
 from mlx_fish.report import say
-from mlx_fish.template import Template, Tokens, choose_template, load_tokenizer
+from mlx_fish.template import Template, TemplateTimeoutError, Tokens, choose_template, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,8 @@ def _tokenise(examples: Sequence[Example], template: Template, config: TrainConf
     for example in examples:
         try:
             rows.append(template.tokens(example, config.max_seq_length))
+        except TemplateTimeoutError:
+            raise
         except FishError as error:
             mistake = str(error)
             mistakes.add(mistake if mistake.startswith(example.where) else f"{example.where}: {mistake}")

@@ -21,8 +21,10 @@ PICTURE = "training_loss.png"
 
 def say(text: str = "") -> None:
     """A line for the person, on stderr: stdout is for answers."""
-    with suppress(OSError):  # a closed terminal or a full disk behind `2>` is no reason to lose a run
+    try:
         print(text, file=sys.stderr, flush=True)
+    except OSError:  # a closed terminal or a full disk behind `2>` is no reason to lose a run
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for the rest of the process)
 
 
 class Report:

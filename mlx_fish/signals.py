@@ -73,7 +73,8 @@ def catching() -> Iterator[Stop]:
     taken = [signum for signum in SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
     old_handlers = {signum: signal.signal(signum, stop._on_signal) for signum in taken}
     old_channel = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=_end_at_the_second, args=(reader,), daemon=True).start()
+    watcher = threading.Thread(target=_end_at_the_second, args=(reader,), daemon=True)
+    watcher.start()
     try:
         yield stop
     finally:
@@ -81,6 +82,7 @@ def catching() -> Iterator[Stop]:
         for signum, handler in old_handlers.items():
             signal.signal(signum, handler)
         writer.close()
+        watcher.join()  # it has said what it had to say
 
 
 def _end_at_the_second(reader: socket.socket) -> None:

@@ -41,7 +41,9 @@ class Touches:
         if event == "os.rename":
             source = Path(os.fsdecode(arguments[0]))
             files = [source] if source.is_file() else list(source.rglob("*"))
-            self.unflushed_renames += [f"{file} -> {arguments[1]}" for file in files if file.stat().st_ino in self._dirty]
+            self.unflushed_renames += [
+                f"{file} -> {arguments[1]}" for file in files if file.stat().st_ino in self._dirty
+            ]
 
     def fsync(self, handle: int) -> None:
         if self.touch():

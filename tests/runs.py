@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from numpy_backend import NumpyBackend
+
 import mlx_fish.train as room
 from mlx_fish.config import TrainConfig
-from numpy_backend import NumpyBackend
 
 TIMED = ("elapsed_time", "remaining_time", "throughput")
 SMALL: dict[str, Any] = {

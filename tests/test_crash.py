@@ -24,7 +24,9 @@ PARTS = 2  # the crash points are dealt out to so many tests, so that a failure 
 def quick_picture():
     """Drawing is half of such a run's time, and only its last write matters here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "draw", lambda folder, losses, eval_losses: write_bytes(folder / "training_loss.png", b"PNG" * 9))
+        patch.setattr(
+            room, "draw", lambda folder, losses, eval_losses: write_bytes(folder / "training_loss.png", b"PNG" * 9)
+        )
         yield
 
 
@@ -36,7 +38,11 @@ def whole(tmp_path_factory, tiny):
     settings = {**SMALL, "data": str(write_rows(folder / "rows.jsonl"))}
     train(NumpyBackend(), **settings, output_dir=str(folder / "run"))
     train(NumpyBackend(), **settings, output_dir=str(folder / "all"), keep=99)
-    return folder, settings, {(path / WEIGHTS_FILE).read_bytes() for path in checkpoints(folder / "all" / "checkpoints")}
+    return (
+        folder,
+        settings,
+        {(path / WEIGHTS_FILE).read_bytes() for path in checkpoints(folder / "all" / "checkpoints")},
+    )
 
 
 def killed(output, settings, number, work=train):
@@ -78,13 +84,13 @@ def test_killed_at_every_touch_of_the_disk(whole, tmp_path, part):
             (tmp_path / "stderr").read_text(),
         )
         assert outcome(output) == expected, number
-        assert not [path for path in output.rglob(".*")], "leftovers"
+        assert not list(output.rglob(".*")), "leftovers"
         shutil.rmtree(output)
 
 
 def test_killed_at_every_touch_of_a_resumed_run(whole, tmp_path):
     """From a folder whose newest checkpoint is damaged: also while that one is replaced."""
-    folder, settings, possible = whole
+    folder, _, possible = whole
     expected = outcome(folder / "run")
     start = tmp_path / "start"
     shutil.copytree(folder / "run", start)

@@ -7,13 +7,13 @@ PACKAGE = Path(__file__).parent.parent / "mlx_fish"
 # From the ground up; a room may import those of earlier lines.
 FLOORS = [
     {"errors", "blas", "__init__"},
-    {"files", "config", "schedule", "signals"},
-    {"tensors", "dataset_info"},
+    {"files", "config", "schedule", "signals", "deadline"},
+    {"tensors", "dataset_info", "report"},
     {"model_folder", "data", "gguf_reader"},
     {"adapter", "template", "gguf_model", "gguf_tokenizer"},
     {"batches", "run_folder", "hub"},
     {"source"},
-    {"merge", "model_card", "report", "checkpoint", "backends", "backends.mlx"},
+    {"merge", "model_card", "checkpoint", "backends", "backends.mlx"},
     {"export", "export.hf", "session", "plan"},
     {"resume", "record"},
     {"train", "generate", "convert", "fuse"},
