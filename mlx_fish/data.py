@@ -22,6 +22,7 @@ DEFAULT_DATA = "fish_care"
 MAX_LINE_BYTES = 4 << 20
 MAX_ARRAY_BYTES = 256 << 20  # a .json file is parsed whole
 MAX_REPORTED = 20
+_LONGEST_MISTAKE = 600
 BUILT_IN = Path(__file__).parent / "data_sets"
 
 _ROLES = {
@@ -67,7 +68,9 @@ class Mistakes:
     def add(self, mistake: str) -> None:
         self.count += 1
         if self.count <= MAX_REPORTED:
-            self.first.append(mistake)
+            # A stranger's field names may hold line ends, or what would steer the terminal.
+            shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in mistake)
+            self.first.append(shown if len(shown) <= _LONGEST_MISTAKE else shown[:_LONGEST_MISTAKE] + "…")
 
     def refuse(self) -> None:
         """Raise a FishError that tells them together, if there are any."""

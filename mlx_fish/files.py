@@ -13,9 +13,11 @@ from mlx_fish.errors import FishError
 
 def is_path(text: str) -> bool:
     """Whether a file system could hold a file of this name: no NUL byte, no part longer than 255 bytes."""
-    size = len(text.encode("utf-8", "surrogatepass"))
-    parts = text.split("/")
-    return "\0" not in text and size < 4096 and max(len(part.encode("utf-8", "surrogatepass")) for part in parts) <= 255
+    try:
+        name = os.fsencode(text)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return b"\0" not in name and len(name) < 4096 and max(map(len, name.split(b"/"))) <= 255
 
 
 def is_leftover(name: str) -> bool:
