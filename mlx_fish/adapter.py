@@ -224,7 +224,8 @@ def load_adapter(folder: Path) -> Adapter:
     if not layers:
         raise FishError(f"{folder / WEIGHTS_FILE} holds no LoRA tensors.")
     order = sorted(layers, key=lambda module: (block_of(module), module))
-    spec = LoraSpec({module: layers[module] for module in order}, ranks, scales, float(config.get("lora_dropout") or 0))
+    dropout = _number("lora_dropout", config.get("lora_dropout") or 0)
+    spec = LoraSpec({module: layers[module] for module in order}, ranks, scales, dropout)
     return Adapter(folder, spec, arrays, config)
 
 
@@ -263,12 +264,23 @@ def check_base(adapter: Adapter, fingerprint: str, model: str) -> None:
 
 
 def _scale(config: dict[str, Any], module: str, rank: int) -> float:
-    alpha = float(config.get("lora_alpha", 8))
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
+    alpha = _number("lora_alpha", config.get("lora_alpha", 8))
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise FishError(f"{CONFIG_FILE}: `alpha_pattern` should be an object of layer names and numbers.")
+    for pattern, value in patterns.items():
+        if not re.fullmatch(r"\^?([\w.]|\\\.)+\$?", pattern):  # one with repeats could be made to match for ever
+            raise FishError(f"{CONFIG_FILE}: `alpha_pattern` has {pattern!r}, where the name of a layer was expected.")
         if re.fullmatch(rf"(.*\.)?({pattern})", module):  # PEFT's matching rule
-            alpha = float(value)
+            alpha = _number("alpha_pattern", value)
             break
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _number(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e9:
+        raise FishError(f"{CONFIG_FILE}: `{key}` is {str(value)[:40]!r}, where a number was expected.")
+    return float(value)
 
 
 def _refuse_unknown(folder: Path, config: dict[str, Any]) -> None:
