@@ -104,11 +104,13 @@ def _carry_out(plan: Plan, output: Path, point: Point | None, stop: Stop) -> Non
     backend = load_backend(plan.folder, lambda text: say(f"! {text}"))
     say(f"  computing   {backend.name} on {backend.device}, {backend.dtype}")
     checkpoint = point.checkpoint if point else None
-    if checkpoint is None:
+    if point is None:
         prepare(output)
-        backend.attach(plan.spec, initial_arrays(plan.spec, plan.config.seed))
     else:
         clean(output)
+    if checkpoint is None:
+        backend.attach(plan.spec, initial_arrays(plan.spec, plan.config.seed))
+    else:
         backend.attach(plan.spec, checkpoint.adapter)
         backend.restore_optimizer(checkpoint.optimizer, checkpoint.step)
     write_run(plan, output, {})
