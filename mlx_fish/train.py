@@ -31,7 +31,7 @@ from mlx_fish.run_folder import check_free, prepare
 from mlx_fish.schedule import learning_rate
 from mlx_fish.template import Template, Tokens, check_name, choose_template, load_tokenizer
 
-SAMPLE_TOKENS = 48
+SAMPLE_TOKENS = 32
 SAMPLE_QUESTION = "金鱼为什么容易浮头？"
 
 

@@ -11,13 +11,13 @@ from mlx_fish.adapter import Arrays, LoraSpec
 from mlx_fish.backends import Sampling, StepResult
 from mlx_fish.backends.mlx.generate import generate, generate_batch
 from mlx_fish.backends.mlx.lora import LoraLayers
-from mlx_fish.backends.mlx.loss import Head, token_losses
+from mlx_fish.backends.mlx.loss import Head
 from mlx_fish.backends.mlx.model import load_model
 from mlx_fish.backends.mlx.step import State, Step
 from mlx_fish.batches import Batch
 from mlx_fish.model_folder import ModelFolder
 
-__all__ = ["Head", "MlxBackend", "runtime", "token_losses"]
+__all__ = ["Head", "MlxBackend", "runtime"]
 
 CACHE_BYTES = 1 << 30  # freed buffers kept for reuse: enough for a step, without holding what other programs need
 

@@ -67,7 +67,7 @@ class Step:
     def evaluate(self, batch: Batch) -> float:
         """Summed loss over the batch, with the matrices bound to the layers at present."""
         self._check_range(batch)
-        losses, _ = token_losses(
+        losses = token_losses(
             self.head, self._hidden(mx.array(batch.inputs), mx.array(batch.positions)), mx.array(batch.targets)
         )
         return _number((losses * mx.array(batch.weights)).sum())
