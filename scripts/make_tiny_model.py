@@ -54,9 +54,9 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-VOCAB_SIZE = 1536
+VOCAB_SIZE = 2560
 HIDDEN, LAYERS, HEADS, KV_HEADS, MLP = 192, 4, 6, 2, 512  # multiples of 64, MLX's quantisation group
-STEPS, BATCH, LENGTH = 420, 8, 160  # some 20 passes
+STEPS, BATCH, LENGTH = 700, 8, 160  # some fifty passes
 LEARNING_RATE, WARMUP, WEIGHT_DECAY = 3e-3, 50, 0.1
 SEED = 0
 
