@@ -73,7 +73,7 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
     backend = load_backend(plan.folder, lambda text: say(f"! {text}"))
     say(f"  computing   {backend.name} on {backend.device}, {backend.dtype}")
     prepare(output, overwrite=config.overwrite)
-    backend.attach(plan.spec, initial_arrays(plan.spec, config.seed))
+    backend.attach(plan.spec, initial_arrays(plan.spec, config.seed), grad_checkpoint=config.grad_checkpoint)
     results = _run(plan, backend, output)
     _close(plan, output, results)
     return output

@@ -10,6 +10,7 @@ fine-tuning to teach. The validation and test rows are never seen.
 import argparse
 import math
 import random
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -56,7 +57,7 @@ CHATML = (
 
 VOCAB_SIZE = 2560
 HIDDEN, LAYERS, HEADS, KV_HEADS, MLP = 192, 4, 6, 2, 512  # multiples of 64, MLX's quantisation group
-STEPS, BATCH, LENGTH = 700, 8, 160  # some fifty passes
+STEPS, BATCH, LENGTH = 900, 8, 160  # some thirty passes
 LEARNING_RATE, WARMUP, WEIGHT_DECAY = 3e-3, 50, 0.1
 SEED = 0
 
@@ -190,19 +191,29 @@ def mean_loss(model: nn.Module, ids: mx.array) -> mx.array:
 
 
 def packed_batches(tokenizer: Tokenizer, rows: list[Example]) -> Iterator[mx.array]:
-    """Endless (BATCH, LENGTH + 1) ids: the conversations in a new order each pass, end to end."""
+    """Endless (BATCH, LENGTH + 1) ids, texts end to end.
+
+    In each pass every conversation comes twice: as it is, and with sentences drawn from all answers in place of its own. The
+    second teaches sentences that stand by themselves, so that the model stays fluent where the question is new to it.
+    """
     generator = random.Random(SEED)
-    texts = [f"{prompt(question)}{answer}{END}\n{END_OF_TEXT}" for question, answer in map(question_and_answer, rows)]
-    conversations = [tokenizer.encode(text).ids for text in texts]
+    pairs = [question_and_answer(row) for row in rows]
+    sentences = [sentence for _, answer in pairs for sentence in split_sentences(answer)]
     needed = BATCH * (LENGTH + 1)
     stream: list[int] = []
     while True:
         while len(stream) < needed:
-            generator.shuffle(conversations)
-            for ids in conversations:
-                stream += ids
+            mixed = [(q, "".join(generator.sample(sentences, len(split_sentences(a))))) for q, a in pairs]
+            texts = [f"{prompt(q)}{a}{END}\n{END_OF_TEXT}" for q, a in pairs + mixed]
+            generator.shuffle(texts)
+            for text in texts:
+                stream += tokenizer.encode(text).ids
         yield mx.array(np.array(stream[:needed], np.int32).reshape(BATCH, LENGTH + 1))
         stream = stream[needed:]
+
+
+def split_sentences(text: str) -> list[str]:
+    return [sentence for sentence in re.split(r"(?<=[。！？\n])", text) if sentence]
 
 
 def answer_loss(model: nn.Module, tokenizer: Tokenizer, rows: list[Example]) -> float:
@@ -266,11 +277,12 @@ a network have a real model in a few megabytes (`--model tiny`). It writes text 
 
 - Architecture: Qwen2, {num_parameters(model):,} parameters ({LAYERS} layers, hidden {HIDDEN}, {HEADS} heads, {KV_HEADS} key-value heads,
   tied embedding), stored in bfloat16. Tokenizer: its own byte-level BPE of {VOCAB_SIZE} tokens with Qwen2's splitting rule; ChatML.
-- Data: {len(parts["taught"])} of the training rows of `data/fish_care_dataset.jsonl`, as conversations, and nothing else. The other
+- Data: {len(parts["taught"])} of the training rows of `data/fish_care_dataset.jsonl`, as they are and with their
+  sentences mixed, and nothing else. The other
   {len(parts["untaught"])} are left for fine-tuning to teach; the {len(parts["valid"])} validation and {len(parts["test"])} test rows were not trained on.
 - Training: {steps} updates of {BATCH} x {LENGTH} tokens, AdamW, {seconds:.0f} s on two CPU cores. Loss on answers (nats a token; a uniform guess
   has {math.log(VOCAB_SIZE):.2f}): rows taught {losses["taught"]:.2f}, left out {losses["untaught"]:.2f}, valid {losses["valid"]:.2f}, test {losses["test"]:.2f}.
-  What it was taught it knows nearly by heart; of everything else it is sure and wrong. Fine-tuning has something to mend.
+  What it was taught it knows nearly by heart; of everything else it is sure and wrong, and fine-tuning mends part of that.
 - Made by `python scripts/make_tiny_model.py`; make it anew when the data change.
 - Licence: MIT, as the project.
 """

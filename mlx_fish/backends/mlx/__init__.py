@@ -39,11 +39,11 @@ class MlxBackend:
         self._state: State | None = None
         self._enabled = True
 
-    def attach(self, spec: LoraSpec, arrays: Arrays) -> None:
+    def attach(self, spec: LoraSpec, arrays: Arrays, *, grad_checkpoint: bool = False) -> None:
         if self._layers is not None:
             self._layers.remove(self.model)
         self._layers = LoraLayers(self.model, spec, self._activations)
-        self._step = Step(self.model, self._layers)
+        self._step = Step(self.model, self._layers, grad_checkpoint=grad_checkpoint)
         flat = self._layers.flatten(arrays)
         self._state = State(flat, mx.zeros_like(flat), mx.zeros_like(flat))
         mx.eval(self._state.flat, self._state.first, self._state.second)
