@@ -49,6 +49,15 @@ class LoraSpec:
         return cls(layers, dict.fromkeys(layers, rank), dict.fromkeys(layers, alpha / rank), dropout)
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """PEFT's key -> shape, of every tensor."""
+        found: dict[str, tuple[int, ...]] = {}
+        for module, (out, inner) in self.layers.items():
+            found[key_a(module)] = (self.ranks[module], inner)
+            found[key_b(module)] = (out, self.ranks[module])
+        return found
+
+    @property
     def num_parameters(self) -> int:
         return sum(self.ranks[name] * (out + inner) for name, (out, inner) in self.layers.items())
 
@@ -143,14 +152,7 @@ def delta(adapter: Adapter, module: str) -> Float32:
 
 
 def save_adapter(folder: Path, arrays: Arrays, config: dict[str, Any]) -> None:
-    """Write the PEFT pair, each file whole or not at all.
-
-    Raises:
-        FishError: a tensor is not finite; such an adapter is worth nothing, and is never written.
-    """
-    for name, array in arrays.items():
-        if not np.isfinite(array).all():
-            raise FishError(f"{name} is not finite; nothing was written to {folder}.")
+    """Write the PEFT pair, each file whole or not at all. Weights that are not finite are refused (`write_safetensors`)."""
     write_json(folder / CONFIG_FILE, config)
     write_safetensors(folder / WEIGHTS_FILE, arrays, {"format": "pt"})
 
@@ -222,7 +224,8 @@ def load_adapter(folder: Path) -> Adapter:
     if not layers:
         raise FishError(f"{folder / WEIGHTS_FILE} holds no LoRA tensors.")
     order = sorted(layers, key=lambda module: (block_of(module), module))
-    spec = LoraSpec({module: layers[module] for module in order}, ranks, scales, float(config.get("lora_dropout") or 0))
+    dropout = _number("lora_dropout", config.get("lora_dropout") or 0)
+    spec = LoraSpec({module: layers[module] for module in order}, ranks, scales, dropout)
     return Adapter(folder, spec, arrays, config)
 
 
@@ -261,12 +264,23 @@ def check_base(adapter: Adapter, fingerprint: str, model: str) -> None:
 
 
 def _scale(config: dict[str, Any], module: str, rank: int) -> float:
-    alpha = float(config.get("lora_alpha", 8))
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
+    alpha = _number("lora_alpha", config.get("lora_alpha", 8))
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise FishError(f"{CONFIG_FILE}: `alpha_pattern` should be an object of layer names and numbers.")
+    for pattern, value in patterns.items():
+        if not re.fullmatch(r"\^?([\w.]|\\\.)+\$?", pattern):  # one with repeats could be made to match for ever
+            raise FishError(f"{CONFIG_FILE}: `alpha_pattern` has {pattern!r}, where the name of a layer was expected.")
         if re.fullmatch(rf"(.*\.)?({pattern})", module):  # PEFT's matching rule
-            alpha = float(value)
+            alpha = _number("alpha_pattern", value)
             break
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _number(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e9:
+        raise FishError(f"{CONFIG_FILE}: `{key}` is {str(value)[:40]!r}, where a number was expected.")
+    return float(value)
 
 
 def _refuse_unknown(folder: Path, config: dict[str, Any]) -> None:

@@ -67,8 +67,10 @@ class TrainConfig:
         None, "Validation rows used, always the same. [default: all, fewer in a short run]", least=1
     )
     save_every: int = setting(100, "Write a checkpoint every N updates, and at the end.", also=("save_steps",), least=1)
+    keep: int = setting(2, "Checkpoints kept, the newest ones.", also=("save_total_limit",), least=2)
     logging_steps: int = setting(1, "Report every N updates.", least=1)
     seed: int = setting(42, "Decides the adapter's start, the order of rows and the dropout.", least=0)
+    skip_bad_rows: bool = setting(False, "Train on the good rows of a data set with broken ones, and count those.")
     overwrite: bool = setting(False, "Replace the run in --output-dir.", also=("overwrite_output_dir",))
 
     def __post_init__(self) -> None:

@@ -120,5 +120,11 @@ def load_backend(folder: ModelFolder, notice: Callable[[str], None] = lambda tex
     return MlxBackend(folder, notice)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a framework failed for want of memory, where it can say so (Metal ends the process instead)."""
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in words or "unable to allocate" in words
+
+
 def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
