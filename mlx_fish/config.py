@@ -52,6 +52,11 @@ class TrainConfig:
     max_seq_length: int = setting(
         2048, "Longest row in tokens; a longer one is cut, and reported.", also=("cutoff_len",), least=2
     )
+    grad_checkpoint: bool = setting(
+        False,
+        "Keep no activations, compute them again in the backward pass: slower, in far less memory.",
+        also=("gradient_checkpointing",),
+    )
     template: str = setting(
         "auto", "Prompt format: auto, chat (the tokenizer's own), alpaca, qwen, chatml, default, empty."
     )

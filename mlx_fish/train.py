@@ -32,7 +32,7 @@ from mlx_fish.schedule import learning_rate
 from mlx_fish.signals import Interrupted, Stop, catching
 from mlx_fish.template import Template, check_name
 
-SAMPLE_TOKENS = 48
+SAMPLE_TOKENS = 32
 SAMPLE_QUESTION = "金鱼为什么容易浮头？"
 
 
@@ -104,14 +104,13 @@ def _carry_out(plan: Plan, output: Path, point: Point | None, stop: Stop) -> Non
     backend = load_backend(plan.folder, lambda text: say(f"! {text}"))
     say(f"  computing   {backend.name} on {backend.device}, {backend.dtype}")
     checkpoint = point.checkpoint if point else None
+    arrays = checkpoint.adapter if checkpoint else initial_arrays(plan.spec, plan.config.seed)
     if point is None:
         prepare(output)
     else:
         clean(output)
-    if checkpoint is None:
-        backend.attach(plan.spec, initial_arrays(plan.spec, plan.config.seed))
-    else:
-        backend.attach(plan.spec, checkpoint.adapter)
+    backend.attach(plan.spec, arrays, grad_checkpoint=plan.config.grad_checkpoint)
+    if checkpoint is not None:
         backend.restore_optimizer(checkpoint.optimizer, checkpoint.step)
     write_run(plan, output, {})
     results = _run(plan, backend, output, checkpoint.state if checkpoint else {"step": 0}, stop)

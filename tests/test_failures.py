@@ -179,7 +179,7 @@ def test_no_room_is_said_before_the_model_loads(settings, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10**6))
     backend = NumpyBackend()
-    backend.attach = lambda spec, arrays: pytest.fail("it went on")
+    backend.attach = lambda spec, arrays, **rest: pytest.fail("it went on")
     with pytest.raises(
         FishError, match=r"needs about 17 MB for the adapter and 3 checkpoints, and the disk has 1 MB left"
     ):

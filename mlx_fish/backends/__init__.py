@@ -48,8 +48,11 @@ class Backend(Protocol):
     device: str
     dtype: str
 
-    def attach(self, spec: LoraSpec, arrays: Arrays) -> None:
-        """Put LoRA with these values on the base, and zero optimizer moments."""
+    def attach(self, spec: LoraSpec, arrays: Arrays, *, grad_checkpoint: bool = False) -> None:
+        """Put LoRA with these values on the base, and zero optimizer moments.
+
+        With `grad_checkpoint` a block's activations are computed again in the backward pass instead of being kept.
+        """
         ...
 
     def use_adapter(self, enabled: bool) -> None:
