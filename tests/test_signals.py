@@ -90,7 +90,7 @@ def test_during_validation(settings, expected, validation):
 
 
 def test_while_loading_nothing_is_written(settings, monkeypatch, tmp_path):
-    def load(folder, notice):
+    def load(*arguments, **options):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)
 
