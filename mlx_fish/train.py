@@ -162,7 +162,7 @@ def _run(plan: Plan, backend: Backend, output: Path, state: dict[str, Any], stop
     )
 
     def save(step: int) -> None:
-        _save(plan, backend, output, step, {"before": before, "report": report.state()})
+        _save(plan, backend, output, step, {"before": before, "report": report.state()}, after=saved)
 
     def validate_if_due(step: int) -> None:
         due = step in (0, plan.iters) or (config.eval_every and step % config.eval_every == 0)
@@ -258,7 +258,7 @@ def resume_command(output: Path) -> str:
     return f"mlx-fish train --resume{where}"
 
 
-def _save(plan: Plan, backend: Backend, output: Path, step: int, state: dict[str, Any]) -> None:
+def _save(plan: Plan, backend: Backend, output: Path, step: int, state: dict[str, Any], *, after: int) -> None:
     """A checkpoint, and then the same adapter at the top of the folder."""
     arrays = backend.adapter_arrays()
     save_checkpoint(
@@ -269,6 +269,7 @@ def _save(plan: Plan, backend: Backend, output: Path, step: int, state: dict[str
         optimizer=backend.optimizer_arrays(),
         state={"run": run_record(plan, {}), **state},
         keep=plan.config.keep,
+        after=after,
     )
     save_adapter(output, arrays, adapter_config(plan))
 
