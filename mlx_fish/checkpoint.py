@@ -42,10 +42,13 @@ def save_checkpoint(
     optimizer: Arrays,
     state: dict[str, Any],
     keep: int = 2,
+    after: int = 0,
 ) -> Path:
     """Write `folder/step-N` with a sha256 of every file, then remove all but the newest `keep`.
 
-    Later steps go too: they belong to a run that was given up, or were found damaged, when this one went back behind them.
+    Args:
+        after: the step of this run's last checkpoint. What lies between it and this one, or beyond, was damaged, or belongs to a
+            course that was given up when the run went back behind it.
     """
     target = folder / f"step-{step:08d}"
     if target.exists() and damage(target):
@@ -56,7 +59,7 @@ def save_checkpoint(
         write_json(beside / STATE_FILE, {"step": step, **state})
         sums = {file.name: _sha256(file) for file in sorted(beside.iterdir())}
         write_json(beside / MANIFEST, {"step": step, "sha256": sums})
-    kept = [path for path in checkpoints(folder) if step_of(path) <= step][-keep:]
+    kept = [path for path in checkpoints(folder) if step_of(path) <= after or path == target][-keep:]
     for path in checkpoints(folder):
         if path not in kept:
             shutil.rmtree(path, ignore_errors=True)

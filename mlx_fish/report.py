@@ -122,7 +122,8 @@ class Report:
     def note(self, text: str) -> None:
         """A line above the bar."""
         if self._interactive:
-            self._bar.write(text, file=sys.stderr)
+            with suppress(OSError):  # the terminal may have been closed
+                self._bar.write(text, file=sys.stderr)
         else:
             say(text)
 

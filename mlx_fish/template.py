@@ -158,11 +158,9 @@ class Template:
                 f"template {name} ends an answer with {self.end_token}, which this model's tokenizer lacks; use another --template."
             )
         self.end_token_id = int(ids[0])
-        self._specials = [
-            str(token)
-            for token in tokenizer.get_added_vocab()
-            if token in tokenizer.all_special_tokens or token == self.end_token
-        ]
+        # By its flag: `all_special_tokens` has only those that the tokenizer's config names.
+        added = tokenizer.added_tokens_decoder.values()
+        self._specials = [str(token) for token in added if token.special or str(token) == self.end_token]
 
     def prompt(self, turns: tuple[Turn, ...]) -> str:
         """The text that asks for the next answer."""

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from mlx_fish.adapter import RUN_FILE, initial_arrays, save_adapter
-from mlx_fish.backends import Backend, Sampling, StepResult, is_out_of_memory, load_backend
+from mlx_fish.backends import Backend, Sampling, is_out_of_memory, load_backend
 from mlx_fish.batches import Batch, fixed_batches
-from mlx_fish.checkpoint import newest_valid, save_checkpoint, step_of
+from mlx_fish.checkpoint import newest_valid, save_checkpoint
 from mlx_fish.config import TrainConfig
 from mlx_fish.data import Dataset, Turn, load_dataset
 from mlx_fish.errors import FishError
@@ -34,6 +34,10 @@ from mlx_fish.template import Template, check_name
 
 SAMPLE_TOKENS = 32
 SAMPLE_QUESTION = "金鱼为什么容易浮头？"
+
+
+class _NotFiniteError(FishError):
+    """The same updates would come to it again, so going on does not help."""
 
 
 def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
@@ -105,7 +109,7 @@ def _carry_out(plan: Plan, output: Path, point: Point | None, stop: Stop) -> Non
     say(f"  computing   {backend.name} on {backend.device}, {backend.dtype}")
     checkpoint = point.checkpoint if point else None
     arrays = checkpoint.adapter if checkpoint else initial_arrays(plan.spec, plan.config.seed)
-    if checkpoint is None:
+    if point is None:
         prepare(output)
     else:
         clean(output)
@@ -113,8 +117,12 @@ def _carry_out(plan: Plan, output: Path, point: Point | None, stop: Stop) -> Non
     if checkpoint is not None:
         backend.restore_optimizer(checkpoint.optimizer, checkpoint.step)
     write_run(plan, output, {})
-    results = _run(plan, backend, output, checkpoint.state if checkpoint else {"step": 0}, stop)
-    _close(plan, output, results)
+    try:
+        results = _run(plan, backend, output, checkpoint.state if checkpoint else {"step": 0}, stop)
+        _close(plan, output, results)
+    except Interrupted:
+        say(f"\nTo go on:\n  {resume_command(output)}")
+        raise
 
 
 def validate(backend: Backend, batches: Iterable[Batch]) -> float:
@@ -154,7 +162,7 @@ def _run(plan: Plan, backend: Backend, output: Path, state: dict[str, Any], stop
     )
 
     def save(step: int) -> None:
-        _save(plan, backend, output, step, {"before": before, "report": report.state()})
+        _save(plan, backend, output, step, {"before": before, "report": report.state()}, after=saved)
 
     def validate_if_due(step: int) -> None:
         due = step in (0, plan.iters) or (config.eval_every and step % config.eval_every == 0)
@@ -162,7 +170,7 @@ def _run(plan: Plan, backend: Backend, output: Path, state: dict[str, Any], stop
             return
         loss = validate(backend, stop.between(valid))
         if not math.isfinite(loss):
-            raise FishError(f"the validation after step {step} gives the loss {loss}; lower --learning-rate.")
+            raise _NotFiniteError(f"the validation after step {step} gives the loss {loss}; lower --learning-rate.")
         report.validated(step, loss)
         report.note(f"  validation  {loss:.4f} {f'after step {step}' if step else 'before training'}")
 
@@ -186,16 +194,18 @@ def _run(plan: Plan, backend: Backend, output: Path, state: dict[str, Any], stop
         except Interrupted:
             if step > saved:
                 save(step)
-            report.note(f"! stopped after {step} of {plan.iters} updates\n\nTo go on:\n  {resume_command(output)}")
+            report.note(f"! stopped after {step} of {plan.iters} updates")
             raise
+        except _NotFiniteError as error:  # a checkpoint of this very step holds the adapter that failed
+            raise FishError(f"{error}\n{_last_good(output, before=step)}.") from error
         except FishError as error:
-            raise FishError(f"{error}\n{_last_good(output, step)}") from error
+            raise FishError(f"{error}\n{_last_good(output)}; to go on: {resume_command(output)}") from error
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             raise FishError(
                 f"step {step + 1} does not fit in memory ({error}); lower --batch-size (raising --grad-accumulation instead), "
-                f"--max-seq-length or --lora-rank.\n{_last_good(output, step)}"
+                f"--max-seq-length or --lora-rank.\n{_last_good(output)}."
             ) from error
     draw(output, report.losses, report.eval_losses)
     return {
@@ -221,7 +231,10 @@ def _update(plan: Plan, backend: Backend, report: Report, step: int, batches: li
     following = plan.updates[step + 1] if step + 1 < plan.iters else []
     result = wait()
     if not result.updated:
-        raise _not_finite(step + 1, result, batches)
+        raise _NotFiniteError(
+            f"step {step + 1}: the loss ({result.loss}) or the gradient's norm ({result.grad_norm}) is not finite, so the adapter was "
+            f"left as it was; lower --learning-rate, and look at the rows {', '.join(row for batch in batches for row in batch.rows)}."
+        )
     report.update(
         step + 1,
         loss=result.loss,
@@ -234,30 +247,18 @@ def _update(plan: Plan, backend: Backend, report: Report, step: int, batches: li
     return following
 
 
-def _not_finite(step: int, result: StepResult, batches: list[Batch]) -> FishError:
-    rows = ", ".join(row for batch in batches for row in batch.rows)
-    return FishError(
-        f"step {step}: the loss ({result.loss}) or the gradient's norm ({result.grad_norm}) is not finite, so the adapter "
-        f"was left as it was; lower --learning-rate, and look at the rows {rows}."
-    )
+def _last_good(output: Path, *, before: int | None = None) -> str:
+    good = newest_valid(output / CHECKPOINTS, before=before)
+    return f"The last good checkpoint is {good}" if good else "There is no good checkpoint yet"
 
 
-def _last_good(output: Path, step: int) -> str:
-    """Which checkpoint to go back to. Not one of this very step: its adapter is what failed."""
-    good = newest_valid(output / CHECKPOINTS, before=step)
-    if good is None:
-        return "There is no earlier checkpoint to go back to."
-    return f"The last good checkpoint is {good}; `{resume_command(output, step_of(good))}` goes on from it."
-
-
-def resume_command(output: Path, step: int | None = None) -> str:
-    """The command that goes on with the run, from the newest checkpoint or from a certain one."""
-    which = f" {step}" if step is not None else ""
+def resume_command(output: Path) -> str:
+    """The command that goes on with the run."""
     where = f" --output-dir {shlex.quote(str(output))}" if output != DEFAULT_OUTPUT else ""
-    return f"mlx-fish train --resume{which}{where}"
+    return f"mlx-fish train --resume{where}"
 
 
-def _save(plan: Plan, backend: Backend, output: Path, step: int, state: dict[str, Any]) -> None:
+def _save(plan: Plan, backend: Backend, output: Path, step: int, state: dict[str, Any], *, after: int) -> None:
     """A checkpoint, and then the same adapter at the top of the folder."""
     arrays = backend.adapter_arrays()
     save_checkpoint(
@@ -268,6 +269,7 @@ def _save(plan: Plan, backend: Backend, output: Path, step: int, state: dict[str
         optimizer=backend.optimizer_arrays(),
         state={"run": run_record(plan, {}), **state},
         keep=plan.config.keep,
+        after=after,
     )
     save_adapter(output, arrays, adapter_config(plan))
 

@@ -32,8 +32,8 @@ def kill_somewhere(process: subprocess.Popen[str], chance: random.Random) -> tup
     Returns:
         what it was doing last (the first word of its last line), and all it had printed.
     """
-    lines = [process.stderr.readline() for _ in range(chance.randint(6, 11))]
-    time.sleep(chance.random() * 0.5)
+    lines = [process.stderr.readline() for _ in range(chance.randint(5, 8))]
+    time.sleep(chance.random() * 0.25)
     process.kill()
     rest = process.stderr.read()
     process.wait()
@@ -56,7 +56,7 @@ def losses(output: Path) -> list[tuple[int, str, str]]:
 def run(kills: int, seed: int) -> bool:
     """Whether the killed run came to the same end."""
     chance = random.Random(seed)
-    iters = ["--iters", str(2 * kills + 6), "--seed", str(seed)]
+    iters = ["--iters", str(8 * kills), "--seed", str(seed)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         whole = start([*SETTINGS, *iters, "--output-dir", "whole"], folder)
@@ -68,7 +68,7 @@ def run(kills: int, seed: int) -> bool:
         for number in range(kills):
             moment, errors = kill_somewhere(start(arguments, folder), chance)
             moments[moment] += 1
-            if "Error" in errors:
+            if "Error" in errors or "is complete" in errors:
                 raise SystemExit(f"after kill {number}:\n{errors}")
             arguments = ["--resume", "--output-dir", "killed"]
             if not (folder / "killed" / "run.json").exists():

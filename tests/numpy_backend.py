@@ -24,7 +24,7 @@ class NumpyBackend:
         self.loss = lambda value: value
         self._step = 0
 
-    def attach(self, spec: LoraSpec, arrays: Arrays) -> None:
+    def attach(self, spec: LoraSpec, arrays: Arrays, *, grad_checkpoint: bool = False) -> None:
         self._arrays = {name: array.copy() for name, array in arrays.items()}
         self._first = {name: np.zeros_like(array) for name, array in arrays.items()}
         self._second = {name: np.zeros_like(array) for name, array in arrays.items()}

@@ -45,8 +45,7 @@ def test_a_loss_that_is_not_finite(settings, bad):
     message = str(error.value)
     assert message.startswith(f"step 5: the loss ({bad}) or the gradient's norm (1.0) is not finite")
     assert message.count("rows.jsonl:") == 4  # an update's rows
-    assert "The last good checkpoint is" in message
-    assert "mlx-fish train --resume 2 " in message
+    assert message.endswith(f"The last good checkpoint is {settings['output_dir']}/checkpoints/step-00000002.")
     assert names(settings) == ["2", "4"]
     log_of(Path(settings["output_dir"]))  # every line is JSON
     load_adapter(Path(settings["output_dir"]))
@@ -55,7 +54,7 @@ def test_a_loss_that_is_not_finite(settings, bad):
 def test_before_any_checkpoint(settings):
     backend = NumpyBackend()
     backend.loss = lambda value: float("nan")
-    with pytest.raises(FishError, match="no earlier checkpoint"):
+    with pytest.raises(FishError, match="There is no good checkpoint yet"):
         train(backend, **settings)
     assert names(settings) == []
     assert not (Path(settings["output_dir"]) / "adapter_model.safetensors").exists()
@@ -80,7 +79,7 @@ def test_the_real_backend_stops_before_the_update(tmp_path):
 def test_a_validation_that_is_not_finite(settings):
     backend = NumpyBackend()
     backend.evaluate = lambda batch: float("nan") if backend._step == 3 else 1.0
-    with pytest.raises(FishError, match="validation after step 3 gives the loss nan(.|\n)*--resume 2 "):
+    with pytest.raises(FishError, match="validation after step 3 gives the loss nan(.|\n)*step-00000002.$"):
         train(backend, **settings)
     log_of(Path(settings["output_dir"]))
 
@@ -130,17 +129,20 @@ def test_a_full_disk_keeps_what_was_saved(settings, tmp_path, limit, file):
     assert in_child(lambda: train(NumpyBackend(), **{**settings, "output_dir": str(tmp_path / "whole")})) == 0
     backend = NumpyBackend()
     backend.during_step = lambda step: limit_files(limit) if step == 5 else None
-    errors = tmp_path / "stderr"
+
+    told = tmp_path / "told"
 
     def child():
         try:
             train(backend, **settings)
-        finally:
+        except FishError as error:
             limit_files(resource.RLIM_INFINITY)
+            told.write_text(str(error))
 
-    assert in_child(child, errors) == 1
-    assert f"FishError: cannot write {settings['output_dir']}/{file.split('/')[0]}" in errors.read_text()
-    assert "--resume 4 " in errors.read_text()
+    assert in_child(child) == 0
+    assert told.read_text().startswith(f"cannot write {settings['output_dir']}/{file.split('/')[0]}")
+    assert "File too large" in told.read_text()
+    assert "checkpoints/step-00000004; to go on: mlx-fish train --resume --output-dir" in told.read_text()
     assert names(settings) == ["2", "4"]
     assert in_child(lambda: resume(NumpyBackend(), output_dir=settings["output_dir"])) == 0
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
@@ -176,7 +178,7 @@ def test_no_room_is_said_before_the_model_loads(settings, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10**6))
     backend = NumpyBackend()
-    backend.attach = lambda spec, arrays: pytest.fail("it went on")
+    backend.attach = lambda spec, arrays, **rest: pytest.fail("it went on")
     with pytest.raises(
         FishError, match=r"needs about 17 MB for the adapter and 3 checkpoints, and the disk has 1 MB left"
     ):
@@ -249,6 +251,31 @@ def test_a_checkpoint_of_another_shape_is_refused(settings, tiny):
     ):
         with pytest.raises(FishError, match="does not fit"):
             check_arrays(Point(Path(), {}, Checkpoint(1, adapter, optimizer, {})), plan)
+
+
+def test_bad_rows_are_told_together_or_left_out_and_counted(settings, tmp_path):
+    """Those that cannot be read, and those that only the template or the length limit finds."""
+    with open(settings["data"], "a", encoding="utf-8") as file:
+        for row in (
+            '{"question": ',
+            '{"question": "x<|im_end|>", "answer": "y"}',
+            '{"question": "<|im_start|>", "answer": "z"}',
+        ):
+            file.write(row + "\n")
+    with pytest.raises(FishError, match=r"rows.jsonl:31: not valid JSON") as error:
+        train(NumpyBackend(), **settings)
+    assert len(str(error.value).splitlines()) == 1
+    assert not Path(settings["output_dir"]).exists()
+    errors = tmp_path / "stderr"
+    assert in_child(lambda: train(NumpyBackend(), **settings, skip_bad_rows=True), errors) == 0
+    assert "! 3 broken rows are left out; the first: " in errors.read_text()
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["data"]["skipped_rows"] == 3
+    assert record["data"]["rows"] == 24
+    lines = Path(settings["data"]).read_text(encoding="utf-8").splitlines()
+    Path(settings["data"]).write_text("\n".join(lines[:30] + lines[31:]), encoding="utf-8")
+    with pytest.raises(FishError, match=r"rows.jsonl:31: (.|\n)*rows.jsonl:32: .*control token"):
+        train(NumpyBackend(), **{**settings, "overwrite": True})
 
 
 def test_load_backend_is_what_the_loop_calls():

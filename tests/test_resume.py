@@ -120,7 +120,7 @@ def flip(path):
 
 
 def cut(path):
-    path.write_bytes(path.read_bytes()[:-1])
+    path.write_bytes(path.read_bytes()[:-2])  # the last byte of a JSON file is only a line end
 
 
 FILES = ["adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "state.json", "manifest.json"]
@@ -136,7 +136,8 @@ def test_a_damaged_checkpoint_is_passed_over(half_done, tmp_path, file, harm):
     harm(newest / file)
     errors = tmp_path / "stderr"
     assert in_child(lambda: resume(NumpyBackend(), output_dir=str(output)), errors) == 0, errors.read_text()
-    assert f"! {newest} is damaged ({file} " in errors.read_text()
+    named = "" if (file, harm) == ("manifest.json", flip) else file  # that may be the sum of any file
+    assert f"! {newest} is damaged ({named}" in errors.read_text()
     assert "after 4 of 6 updates" in errors.read_text()
     assert outcome(output) == expected
 
@@ -273,16 +274,18 @@ def test_keep_never_removes_the_last_whole_checkpoints(tmp_path):
     """Damaged ones of later steps do not count as the newest."""
     import numpy as np
 
-    def save(step, keep):
+    def save(step, keep, after):
         arrays = {"a": np.full(3, step, np.float32)}
-        save_checkpoint(tmp_path, step, adapter=arrays, adapter_config={}, optimizer=arrays, state={}, keep=keep)
+        save_checkpoint(
+            tmp_path, step, adapter=arrays, adapter_config={}, optimizer=arrays, state={}, keep=keep, after=after
+        )
         return [path.name[-2:] for path in checkpoints(tmp_path)]
 
-    assert [save(step, 3) for step in (2, 4, 6, 8)][-1] == ["04", "06", "08"]
+    assert [save(step, 3, step - 2) for step in (2, 4, 6, 8)][-1] == ["04", "06", "08"]
     cut(tmp_path / "step-00000008" / "state.json")
     cut(tmp_path / "step-00000006" / "state.json")
     assert newest_valid(tmp_path).name == "step-00000004"
-    assert save(5, 2) == ["04", "05"]
+    assert save(7, 2, 4) == ["04", "07"]
 
 
 def test_a_manifest_cannot_name_other_files(tmp_path):

@@ -90,7 +90,7 @@ def test_during_validation(settings, expected, validation):
 
 
 def test_while_loading_nothing_is_written(settings, monkeypatch, tmp_path):
-    def load(folder, notice):
+    def load(*arguments, **options):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)
 
@@ -108,7 +108,7 @@ def test_while_loading_to_go_on(settings, expected):
     backend.during_step = lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 3 else None
     assert in_child(lambda: train(backend, **settings)) == 130
     again = NumpyBackend()
-    again.attach = lambda spec, arrays: os.kill(os.getpid(), signal.SIGTERM)
+    again.attach = lambda spec, arrays, **rest: os.kill(os.getpid(), signal.SIGTERM)
     assert in_child(lambda: resume(again, output_dir=settings["output_dir"])) == 143
     goes_on(settings, expected)
 
