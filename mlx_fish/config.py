@@ -36,10 +36,10 @@ class TrainConfig:
     )
     output_dir: str = setting("finetuned_model", "Where the adapter, logs and checkpoints go.")
     iters: int | None = setting(None, "Optimizer updates; overrides --epochs.", also=("max_steps",), least=1)
-    epochs: float = setting(3.0, "Passes over the training rows.", also=("num_train_epochs",), least=0.0)
+    epochs: float = setting(2.0, "Passes over the training rows.", also=("num_train_epochs",), least=0.0)
     batch_size: int = setting(4, "Rows a micro-batch.", also=("per_device_train_batch_size",), least=1)
     grad_accumulation: int = setting(1, "Micro-batches an update.", also=("gradient_accumulation_steps",), least=1)
-    learning_rate: float = setting(2e-4, "Peak learning rate.", least=0.0)
+    learning_rate: float = setting(5e-4, "Peak learning rate.", least=0.0)
     warmup: int = setting(0, "Updates over which the learning rate rises to its peak.", also=("warmup_steps",), least=0)
     schedule: str = setting(
         "cosine", "How the learning rate falls after the warm-up.", also=("lr_scheduler_type",), choices=SCHEDULES
