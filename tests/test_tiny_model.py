@@ -64,7 +64,7 @@ def test_its_answers_are_about_fish_and_end(tiny, answers):
     assert len(answers) >= 12
     assert len(set(answers)) >= len(answers) // 2, "the answer depends on the question"
     about_fish = [answer for answer in answers if sum(word in answer for word in WORDS) >= 2]
-    assert len(about_fish) >= 9, answers
+    assert len(about_fish) >= 2 * len(answers) // 3, answers
     assert all("<|im_" not in answer and "assistant" not in answer for answer in answers)
 
 
