@@ -13,7 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from mlx_fish.adapter_formats import CONFIG_FILE, MLX_LM_FILE, check_peft, is_mlx_lm, peft_scale, read_mlx_lm
+from mlx_fish.adapter_formats import (
+    CONFIG_FILE,
+    MLX_LM_FILE,
+    check_peft,
+    is_mlx_lm,
+    peft_dropout,
+    peft_scale,
+    read_mlx_lm,
+)
 from mlx_fish.errors import FishError, did_you_mean
 from mlx_fish.files import read_json, write_json
 from mlx_fish.tensors import Float32, Weights, read_header, write_safetensors
@@ -47,6 +55,15 @@ class LoraSpec:
         cls, layers: dict[str, tuple[int, int]], *, rank: int, alpha: float, dropout: float = 0.0
     ) -> "LoraSpec":
         return cls(layers, dict.fromkeys(layers, rank), dict.fromkeys(layers, alpha / rank), dropout)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """PEFT's key -> shape, of every tensor."""
+        found: dict[str, tuple[int, ...]] = {}
+        for module, (out, inner) in self.layers.items():
+            found[key_a(module)] = (self.ranks[module], inner)
+            found[key_b(module)] = (out, self.ranks[module])
+        return found
 
     @property
     def num_parameters(self) -> int:
@@ -147,14 +164,7 @@ def delta(adapter: Adapter, module: str) -> Float32:
 
 
 def save_adapter(folder: Path, arrays: Arrays, config: dict[str, Any]) -> None:
-    """Write the PEFT pair, each file whole or not at all.
-
-    Raises:
-        FishError: a tensor is not finite; such an adapter is worth nothing, and is never written.
-    """
-    for name, array in arrays.items():
-        if not np.isfinite(array).all():
-            raise FishError(f"{name} is not finite; nothing was written to {folder}.")
+    """Write the PEFT pair, each file whole or not at all. Weights that are not finite are refused (`write_safetensors`)."""
     write_json(folder / CONFIG_FILE, config)
     write_safetensors(folder / WEIGHTS_FILE, arrays, {"format": "pt"})
 
@@ -255,7 +265,7 @@ def _spec_of(path: Path, config: dict[str, Any], arrays: Arrays) -> LoraSpec:
     if not layers:
         raise FishError(f"{path} holds no LoRA tensors.")
     order = sorted(layers, key=lambda module: (block_of(module), module))
-    return LoraSpec({module: layers[module] for module in order}, ranks, scales, float(config.get("lora_dropout") or 0))
+    return LoraSpec({module: layers[module] for module in order}, ranks, scales, peft_dropout(config))
 
 
 def check_plain(adapter: Adapter, what: str) -> None:

@@ -71,12 +71,27 @@ def check_peft(folder: Path, config: dict[str, Any]) -> None:
 
 def peft_scale(config: dict[str, Any], module: str, rank: int) -> float:
     """The factor on B A: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732), alpha by PEFT's pattern rule."""
-    alpha = float(config.get("lora_alpha", _DEFAULT_ALPHA))
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = float(value)
+    alpha = _number("lora_alpha", config.get("lora_alpha", _DEFAULT_ALPHA))
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise FishError(f"{CONFIG_FILE}: `alpha_pattern` should be an object of layer names and numbers.")
+    for pattern, value in patterns.items():
+        if not re.fullmatch(r"\^?([\w.]|\\\.)+\$?", pattern):  # one with repeats could be made to match for ever
+            raise FishError(f"{CONFIG_FILE}: `alpha_pattern` has {pattern!r}, where the name of a layer was expected.")
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):  # PEFT's matching rule
+            alpha = _number("alpha_pattern", value)
             break
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def peft_dropout(config: dict[str, Any]) -> float:
+    return _number("lora_dropout", config.get("lora_dropout") or 0)
+
+
+def _number(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e9:
+        raise FishError(f"{CONFIG_FILE}: `{key}` is {str(value)[:40]!r}, where a number was expected.")
+    return float(value)
 
 
 def is_mlx_lm(folder: Path) -> bool:

@@ -1,6 +1,7 @@
 """The command line: read the options, call one function, print. Each command imports its room inside, so `--help` is quick."""
 
 import dataclasses
+import errno
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ import click
 from mlx_fish import __version__
 from mlx_fish.config import TrainConfig, flag_name, kind_of, read_yaml
 from mlx_fish.errors import FishError
+from mlx_fish.report import say
 
 DTYPES = click.Choice(["float32", "float16", "bfloat16"])
 
@@ -27,6 +29,14 @@ class Group(click.Group):
             if ctx.params.get("debug"):
                 raise
             click.echo(f"Error: {error}", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt as stop:
+            ctx.exit(getattr(stop, "exit_code", 130))
+        except OSError as error:
+            if error.errno != errno.ENOSPC or error.filename:
+                raise
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (what could not be written is not tried again at the end)
+            click.echo(f"Error: cannot write the answer: {error.strerror}.", err=True)
             ctx.exit(1)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
@@ -117,14 +127,27 @@ def train_options(command: Callable[..., None]) -> Callable[..., None]:
     "--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings; flags override it."
 )
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would be trained, and write nothing.")
-def train(config_file: Path | None, dry_run: bool, **flags: Any) -> None:
+@click.option(
+    "--resume",
+    "--resume-from-checkpoint",
+    is_flag=False,
+    flag_value="newest",
+    metavar="[CHECKPOINT]",
+    help="Go on with the run in --output-dir, with its own settings, from its newest whole checkpoint or the one named.",
+)
+def train(config_file: Path | None, dry_run: bool, resume: str | None, **flags: Any) -> None:
     """Tune a model with LoRA; writes a PEFT adapter."""
     settings = read_yaml(config_file) if config_file else {}
     settings.update({name: value for name, value in flags.items() if value is not None})
     config = TrainConfig(**settings)
-    from mlx_fish.train import train as run
+    if resume is not None and config.overwrite:
+        raise click.UsageError("--resume goes on with a run, --overwrite replaces it; give one of the two.")
+    from mlx_fish import train as room
 
-    run(config, dry_run=dry_run)
+    if resume is None:
+        room.train(config, dry_run=dry_run)
+    else:
+        room.resume(settings, resume, dry_run=dry_run)
 
 
 @main.command()
@@ -419,7 +442,3 @@ class byte_bar:  # noqa: N801 (used like a function)
 
 def size_text(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
-
-
-def say(text: str) -> None:
-    click.echo(text, err=True)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_fish.errors import FishError
-from mlx_fish.files import read_json, write_bytes
+from mlx_fish.files import is_path, read_json, write_bytes
 
 Float32 = npt.NDArray[np.float32]
 DTYPES = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2)}
@@ -161,7 +161,7 @@ def open_weights(folder: Path) -> Weights:
             raise FishError(f"{index} has no `weight_map` from tensor names to file names; fetch it again.")
         names = sorted(set(weight_map.values()))
         for name in names:
-            if Path(name).name != name or not name.endswith(".safetensors"):
+            if Path(name).name != name or not is_path(name) or not name.endswith(".safetensors"):
                 raise FishError(f"{index} names the file {name!r}; plain .safetensors names were expected.")
             if not (folder / name).is_file():
                 raise FishError(f"{folder} lacks {name}, which its index names; fetch it again.")
@@ -176,7 +176,14 @@ def open_weights(folder: Path) -> Weights:
 
 
 def write_safetensors(path: Path, arrays: Mapping[str, Float32], metadata: dict[str, str] | None = None) -> None:
-    """Write small float32 arrays (an adapter, optimizer moments) whole, in the order given, or not at all."""
+    """Write small float32 arrays (an adapter, optimizer moments) whole, in the order given, or not at all.
+
+    Raises:
+        FishError: a tensor is not finite; such numbers are worth nothing, and are never written.
+    """
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise FishError(f"{name} is not finite; {path} was not written.")
     header = _header([Slot(name, "F32", array.shape) for name, array in arrays.items()], metadata)
     write_bytes(path, header + b"".join(encode(array, "float32") for array in arrays.values()))
 

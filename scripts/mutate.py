@@ -27,6 +27,12 @@ FAULTS = [
     ("no clipping", "backends/mlx/step.py", "mx.minimum(MAX_NORM / (norm + 1e-6), 1.0)", "1.0", "test_mlx_backend"),
     ("poisoned update", "backends/mlx/step.py", "mx.where(good, new_flat, flat)", "new_flat", "test_mlx_backend"),
     ("sum not rescaled", "backends/mlx/loss.py", "total * decay, blend * decay", "total, blend", "test_mlx_loss"),
+    ("moments forgotten", "train.py", "backend.restore_optimizer(checkpoint.optimizer, checkpoint.step)", "pass", "test_resume"),
+    ("log not cut", "report.py", "splitlines(keepends=True)[:count]", "splitlines(keepends=True)", "test_resume"),
+    ("damage unseen", "checkpoint.py", "if _sha256(checkpoint / name) != digest:", "if False:", "test_resume"),
+    ("not flushed", "files.py", "            os.fsync(file.fileno())\n", "", "test_crash"),
+    ("written in place", "files.py", 'with open(beside, "wb") as file:', 'with open(path, "wb") as file:', "test_crash"),
+    ("second signal unheard", "signals.py", "if came == 2:", "if came == 3:", "test_signals"),
     ("merge not scaled", "adapter.py", "product *= np.float32(adapter.spec.scales[module])", "product *= np.float32(1)", "test_fuse"),
 ]  # fmt: skip
 

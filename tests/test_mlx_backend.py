@@ -121,6 +121,25 @@ def test_four_micro_batches_equal_one_batch(tiny, spec, rows):
         np.testing.assert_allclose(array, more[key], atol=1e-4)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_checkpointing_computes_the_same_in_less_memory(tiny, rows, dropout):
+    spec = LoraSpec.uniform(choose_layers(tiny.linear_layers), rank=4, alpha=8, dropout=dropout)
+    found = {}
+    for grad_checkpoint in (False, True):
+        backend = load_backend(tiny)
+        backend.attach(spec, started(spec), grad_checkpoint=grad_checkpoint)
+        backend.step([make_batch(rows)], 0.0, [3])()
+        backend.reset_peak_memory()
+        result = backend.step([make_batch(rows)], 1e-3, [3])()
+        found[grad_checkpoint] = (result, backend.adapter_arrays(), backend.peak_memory())
+    (plain, arrays, peak), (checkpointed, more, lower) = found[False], found[True]
+    assert abs(plain.loss - checkpointed.loss) < 1e-6 * plain.loss
+    assert abs(plain.grad_norm - checkpointed.grad_norm) < 1e-5 * plain.grad_norm
+    for key, array in arrays.items():
+        np.testing.assert_allclose(array, more[key], atol=1e-4)
+    assert lower < 0.7 * peak
+
+
 def test_padding_changes_nothing(backend, rows):
     batch = make_batch(rows[:1])
     wide = np.full((1, batch.inputs.shape[1] + 40), 7, np.int32)

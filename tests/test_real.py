@@ -75,3 +75,27 @@ def test_gguf_files_are_the_tuned_model_in_llama_cpp(run_folder):
     assert found["model-f16"][2] == 100  # the same greedy answers
     assert found["model-q8_0"][1] < 5e-3
     assert found["adapter"][0] < 1e-3 and found["adapter"][2] == 100
+
+
+def test_the_fused_model_answers_in_transformers_as_the_adapter_does(run_folder):
+    """The same greedy text: the adapter in our backend, the fused folder in transformers, template and end tokens its own."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    question = "新手适合养什么淡水观赏鱼？"
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_fish", "generate", "--max-tokens", "24", "-p", question],
+        capture_output=True,
+        text=True,
+        cwd=run_folder,
+        check=True,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(run_folder / "fused_model")
+    model = AutoModelForCausalLM.from_pretrained(run_folder / "fused_model", dtype=torch.float32)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    out = model.generate(**prompt, max_new_tokens=24, do_sample=False)
+    theirs = tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert len(theirs) > 10
+    assert done.stdout.strip() == theirs.strip()
