@@ -26,7 +26,7 @@ FAULTS = [
     ("no bias correction", "backends/mlx/step.py", "(1 - BETA1**step)", "1.0", "test_mlx_backend"),
     ("no clipping", "backends/mlx/step.py", "mx.minimum(MAX_NORM / (norm + 1e-6), 1.0)", "1.0", "test_mlx_backend"),
     ("poisoned update", "backends/mlx/step.py", "mx.where(good, new_flat, flat)", "new_flat", "test_mlx_backend"),
-    ("sum not rescaled", "backends/mlx/loss.py", "total * decay, blend * decay", "total, blend", "test_mlx_loss"),
+    ("sum not rescaled", "backends/mlx/loss.py", "total = total * decay +", "total = total +", "test_mlx_loss"),
     ("moments forgotten", "train.py", "backend.restore_optimizer(checkpoint.optimizer, checkpoint.step)", "pass", "test_resume"),
     ("log not cut", "report.py", "splitlines(keepends=True)[:count]", "splitlines(keepends=True)", "test_resume"),
     ("damage unseen", "checkpoint.py", "if _sha256(checkpoint / name) != digest:", "if False:", "test_resume"),

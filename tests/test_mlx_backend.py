@@ -18,7 +18,8 @@ def template(tiny, tokenizer):
 
 @pytest.fixture(scope="module")
 def rows(template):
-    return [template.tokens(example, 2048) for example in load_dataset("fish_care").splits["train"][:8]]
+    """Rows that the tiny model was not taught: those it knows by heart have gradients of mere rounding."""
+    return [template.tokens(example, 2048) for example in load_dataset("fish_care").splits["train"][1:16:2]]
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,7 @@ def test_checkpointing_computes_the_same_in_less_memory(tiny, rows, dropout):
     assert abs(plain.grad_norm - checkpointed.grad_norm) < 1e-5 * plain.grad_norm
     for key, array in arrays.items():
         np.testing.assert_allclose(array, more[key], atol=1e-4)
-    assert lower < 0.7 * peak
+    assert lower < 0.75 * peak  # of four blocks one is always whole
 
 
 def test_padding_changes_nothing(backend, rows):
@@ -159,7 +160,7 @@ def test_a_fresh_adapter_computes_the_base(tiny, spec, rows):
     assert (backend.logits(ids) == base).all()
     assert backend.evaluate(make_batch(rows[:2])) == loss
     first = backend.step([make_batch(rows[:2])], 0.0, [0])()
-    assert abs(first.loss - loss / make_batch(rows[:2]).num_supervised) < 1e-6
+    assert abs(first.loss / (loss / make_batch(rows[:2]).num_supervised) - 1) < 1e-6
 
 
 def test_switching_the_adapter_off_gives_the_base(tiny, backend, rows):

@@ -174,7 +174,7 @@ def test_a_damaged_or_missing_checkpoint_that_is_named_is_refused(half_done):
 
 CHANGED = {
     "seed": ({"seed": 1}, "--seed 1 .it was 42."),
-    "two": ({"lora_rank": 2, "learning_rate": 1.0}, "--lora-rank 2 .it was 1.; --learning-rate 1.0 .it was 0.0002."),
+    "two": ({"lora_rank": 2, "learning_rate": 1.0}, "--lora-rank 2 .it was 1.; --learning-rate 1.0 .it was 0.0005."),
     "template": ({"template": "alpaca"}, "--template alpaca .it was auto."),
     "fewer": ({"iters": 5}, "5 updates .it was 6, which can be raised but not lowered."),
 }
