@@ -1,5 +1,6 @@
 """A bound on the time of work that may never end, such as a stranger's chat template. Knows nothing of the work."""
 
+import ctypes
 import faulthandler
 import queue
 import threading
@@ -17,7 +18,7 @@ def within(work: Callable[[], T]) -> T:
     """The result of `work`, or what it raises.
 
     Raises:
-        TimeoutError: it did not end within `SECONDS`. Its thread cannot be ended, and is left to end with the process.
+        TimeoutError: it did not end within `SECONDS`; then it is ended at the next instruction of Python that it reaches.
     """
     results: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue()
 
@@ -27,11 +28,14 @@ def within(work: Callable[[], T]) -> T:
         except BaseException as error:  # handed over to the thread that waits
             results.put((None, error))
 
+    thread = threading.Thread(target=run, daemon=True)
     faulthandler.dump_traceback_later(HARD_SECONDS, exit=True, file=2)
     try:
-        threading.Thread(target=run, daemon=True).start()
+        thread.start()
         result, error = results.get(timeout=SECONDS)
     except queue.Empty:
+        # Left alone it would go on taking turns from every other thread of the process.
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
         raise TimeoutError(f"it did not end within {SECONDS:g} seconds") from None
     finally:
         faulthandler.cancel_dump_traceback_later()

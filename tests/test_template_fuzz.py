@@ -3,6 +3,7 @@
 Also for templates of tokenizers that do not keep what came before: dropping earlier thoughts, trimming, numbering, reversing.
 """
 
+import threading
 import unicodedata
 
 import pytest
@@ -163,9 +164,13 @@ def test_a_template_that_never_ends_is_given_up(tokenizer, tiny, monkeypatch):
     monkeypatch.setattr(deadline, "SECONDS", 0.2)
     own = type(tokenizer).from_pretrained(tiny.path)
     own.chat_template = ENDLESS.replace("99999", "3000") + own.chat_template
+    running = set(threading.enumerate())
     for name in ("chat", "auto"):
         with pytest.raises(TemplateTimeoutError, match=r"template chat: it did not end within 0\.2 seconds"):
             choose_template(name, own, tiny)
+    for thread in set(threading.enumerate()) - running:
+        thread.join(timeout=20)
+        assert not thread.is_alive(), "it would take turns from everything that follows"
 
 
 def test_one_instruction_that_never_ends_ends_the_process():
