@@ -34,14 +34,16 @@ TEMPLATE = "{%- for message in messages -%}{{- message['content'] + '<end>' -}}{
 RANK, ALPHA = 4, 12.0
 
 
-def make_model(folder: Path, kind: str, *, tied: bool, dtype: str = "float32", seed: int = 0) -> ModelFolder:
+def make_model(
+    folder: Path, kind: str, *, tied: bool, dtype: str = "float32", seed: int = 0, num_blocks: int = 3
+) -> ModelFolder:
     """A random model as transformers 5 writes it: `rope_parameters`, no `rope_theta`."""
     torch.manual_seed(seed)
     sizes = {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
         "intermediate_size": 96,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": num_blocks,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 64,
