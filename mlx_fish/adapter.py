@@ -13,12 +13,20 @@ from typing import Any
 
 import numpy as np
 
+from mlx_fish.adapter_formats import (
+    CONFIG_FILE,
+    MLX_LM_FILE,
+    check_peft,
+    is_mlx_lm,
+    peft_dropout,
+    peft_scale,
+    read_mlx_lm,
+)
 from mlx_fish.errors import FishError, did_you_mean
 from mlx_fish.files import read_json, write_json
 from mlx_fish.tensors import Float32, Weights, read_header, write_safetensors
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
 RUN_FILE = "run.json"
 _PREFIX = "base_model.model."
 _DELTA_ROWS = 64  # so that a block of rows stays in the cache
@@ -49,18 +57,31 @@ class LoraSpec:
         return cls(layers, dict.fromkeys(layers, rank), dict.fromkeys(layers, alpha / rank), dropout)
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """PEFT's key -> shape, of every tensor."""
+        found: dict[str, tuple[int, ...]] = {}
+        for module, (out, inner) in self.layers.items():
+            found[key_a(module)] = (self.ranks[module], inner)
+            found[key_b(module)] = (out, self.ranks[module])
+        return found
+
+    @property
     def num_parameters(self) -> int:
         return sum(self.ranks[name] * (out + inner) for name, (out, inner) in self.layers.items())
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter read from disk. `arrays` has PEFT's keys; `config` is adapter_config.json as found."""
+    """An adapter read from disk. `arrays` has PEFT's keys; `config` is adapter_config.json, in PEFT's terms.
+
+    `magnitudes` holds DoRA's length of each row by module path, (out,); empty for plain LoRA.
+    """
 
     path: Path
     spec: LoraSpec
     arrays: Arrays
     config: dict[str, Any] = field(default_factory=dict)
+    magnitudes: Arrays = field(default_factory=dict)
 
     @property
     def base(self) -> str | None:
@@ -143,14 +164,7 @@ def delta(adapter: Adapter, module: str) -> Float32:
 
 
 def save_adapter(folder: Path, arrays: Arrays, config: dict[str, Any]) -> None:
-    """Write the PEFT pair, each file whole or not at all.
-
-    Raises:
-        FishError: a tensor is not finite; such an adapter is worth nothing, and is never written.
-    """
-    for name, array in arrays.items():
-        if not np.isfinite(array).all():
-            raise FishError(f"{name} is not finite; nothing was written to {folder}.")
+    """Write the PEFT pair, each file whole or not at all. Weights that are not finite are refused (`write_safetensors`)."""
     write_json(folder / CONFIG_FILE, config)
     write_safetensors(folder / WEIGHTS_FILE, arrays, {"format": "pt"})
 
@@ -185,45 +199,81 @@ def peft_config(
     return config
 
 
+def is_adapter(folder: Path) -> bool:
+    """Holds an adapter, in PEFT's layout or mlx-lm's."""
+    has_config = (folder / CONFIG_FILE).is_file()
+    return has_config and ((folder / WEIGHTS_FILE).is_file() or is_mlx_lm(folder))
+
+
 def load_adapter(folder: Path) -> Adapter:
-    """Read a PEFT LoRA adapter, of ours or of another trainer's.
+    """Read a LoRA or DoRA adapter: ours, PEFT's (LLaMA-Factory, Unsloth), or mlx-lm's.
 
     Raises:
         FishError: not an adapter folder, or one that asks for what mlx-fish does not compute (named).
     """
-    if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
+    if not is_adapter(folder):
         raise FishError(
             f"{folder} is not a trained adapter: {CONFIG_FILE} and {WEIGHTS_FILE} were expected; "
             "run `mlx-fish train` first, or name another folder with --adapter."
         )
-    config = read_json(folder / CONFIG_FILE)
-    _refuse_unknown(folder, config)
-    infos, _ = read_header(folder / WEIGHTS_FILE)
-    weights = Weights(infos)
-    arrays = {name: weights.read(name) for name in weights}
+    if (folder / WEIGHTS_FILE).is_file():
+        path, config = folder / WEIGHTS_FILE, read_json(folder / CONFIG_FILE)
+        check_peft(folder, config)
+        weights = Weights(read_header(path)[0])
+        found = {name: weights.read(name) for name in weights}
+    else:
+        path = folder / MLX_LM_FILE
+        config, found = read_mlx_lm(folder)
+    arrays, magnitudes = _split_magnitudes(found)
+    spec = _spec_of(path, config, arrays)
+    if set(magnitudes) != (set(spec.layers) if config.get("use_dora") else set()):
+        raise FishError(f"{path}: use_dora and the magnitude vectors do not fit each other; the file is incomplete.")
+    return Adapter(folder, spec, arrays, config, magnitudes)
+
+
+def _split_magnitudes(found: Arrays) -> tuple[Arrays, Arrays]:
+    """(A and B under PEFT's keys, DoRA's lengths by module path)."""
+    lengths = re.compile(rf"{re.escape(_PREFIX)}(.+)\.lora_magnitude_vector(\.weight)?")
+    matches = {name: lengths.fullmatch(name) for name in found}
+    arrays = {name: found[name] for name, match in matches.items() if match is None}
+    return arrays, {match[1]: found[name].reshape(-1) for name, match in matches.items() if match is not None}
+
+
+def _spec_of(path: Path, config: dict[str, Any], arrays: Arrays) -> LoraSpec:
+    """Layers, ranks and scales, from the tensors themselves."""
     layers: dict[str, tuple[int, int]] = {}
     ranks: dict[str, int] = {}
     scales: dict[str, float] = {}
     for name, array in arrays.items():
         match = re.fullmatch(rf"{re.escape(_PREFIX)}(model\.layers\.\d+\.[\w.]+)\.lora_([AB])\.weight", name)
         if match is None:
-            raise FishError(f"{folder / WEIGHTS_FILE} holds {name}, which is not LoRA on a layer of a block.")
+            raise FishError(
+                f"{path} holds {name}, which is not LoRA on a layer of a block; adapters on embeddings or the head are "
+                "read differently by every program, and are not taken."
+            )
         if match[2] == "B":
             continue
         module = match[1]
         b = arrays.get(key_b(module))
         if b is None or array.ndim != 2 or b.ndim != 2 or b.shape[1] != array.shape[0]:
-            raise FishError(f"{folder / WEIGHTS_FILE}: A and B of {module} do not fit each other.")
+            raise FishError(f"{path}: A and B of {module} do not fit each other.")
         layers[module] = (b.shape[0], array.shape[1])
         ranks[module] = array.shape[0]
-        scales[module] = _scale(config, module, array.shape[0])
+        scales[module] = peft_scale(config, module, array.shape[0])
     if 2 * len(layers) != len(arrays):
-        raise FishError(f"{folder / WEIGHTS_FILE} has a lora_B without its lora_A; the file is incomplete.")
+        raise FishError(f"{path} has a lora_B without its lora_A; the file is incomplete.")
     if not layers:
-        raise FishError(f"{folder / WEIGHTS_FILE} holds no LoRA tensors.")
+        raise FishError(f"{path} holds no LoRA tensors.")
     order = sorted(layers, key=lambda module: (block_of(module), module))
-    spec = LoraSpec({module: layers[module] for module in order}, ranks, scales, float(config.get("lora_dropout") or 0))
-    return Adapter(folder, spec, arrays, config)
+    return LoraSpec({module: layers[module] for module in order}, ranks, scales, peft_dropout(config))
+
+
+def check_plain(adapter: Adapter, what: str) -> None:
+    """Refuse DoRA where only plain LoRA can be computed."""
+    if adapter.magnitudes:
+        raise FishError(
+            f"the adapter {adapter.path} is DoRA, which {what} does not compute; fuse it with `mlx-fish fuse --to-hf` first."
+        )
 
 
 def check_fits(adapter: Adapter, linear_layers: dict[str, tuple[int, int]], model: str) -> None:
@@ -258,28 +308,3 @@ def check_base(adapter: Adapter, fingerprint: str, model: str) -> None:
         f"the adapter {adapter.path} was trained on {trained_on.get('name', adapter.base)}, and the weights of {model} "
         "are not the same; give the model that it was trained on with --model."
     )
-
-
-def _scale(config: dict[str, Any], module: str, rank: int) -> float:
-    alpha = float(config.get("lora_alpha", 8))
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):  # PEFT's matching rule
-            alpha = float(value)
-            break
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _refuse_unknown(folder: Path, config: dict[str, Any]) -> None:
-    if config.get("peft_type") != "LORA":
-        raise FishError(f"{folder} holds a {config.get('peft_type')} adapter; LORA was expected.")
-    unsupported = [
-        name
-        for name in ("use_dora", "modules_to_save", "trainable_token_indices", "fan_in_fan_out")
-        if config.get(name)
-    ]
-    if config.get("bias", "none") != "none":
-        unsupported.append("bias")
-    if unsupported:
-        raise FishError(
-            f"{folder / CONFIG_FILE} uses {', '.join(unsupported)}, which mlx-fish does not compute; plain LoRA was expected."
-        )

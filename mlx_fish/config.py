@@ -37,10 +37,10 @@ class TrainConfig:
     )
     output_dir: str = setting("finetuned_model", "Where the adapter, logs and checkpoints go.")
     iters: int | None = setting(None, "Optimizer updates; overrides --epochs.", also=("max_steps",), least=1)
-    epochs: float = setting(3.0, "Passes over the training rows.", also=("num_train_epochs",), least=0.0)
+    epochs: float = setting(2.0, "Passes over the training rows.", also=("num_train_epochs",), least=0.0)
     batch_size: int = setting(4, "Rows a micro-batch.", also=("per_device_train_batch_size",), least=1)
     grad_accumulation: int = setting(1, "Micro-batches an update.", also=("gradient_accumulation_steps",), least=1)
-    learning_rate: float = setting(2e-4, "Peak learning rate.", least=0.0)
+    learning_rate: float = setting(5e-4, "Peak learning rate.", least=0.0)
     warmup: int = setting(0, "Updates over which the learning rate rises to its peak.", also=("warmup_steps",), least=0)
     schedule: str = setting(
         "cosine", "How the learning rate falls after the warm-up.", also=("lr_scheduler_type",), choices=SCHEDULES
@@ -53,6 +53,11 @@ class TrainConfig:
     max_seq_length: int = setting(
         2048, "Longest row in tokens; a longer one is cut, and reported.", also=("cutoff_len",), least=2
     )
+    grad_checkpoint: bool = setting(
+        False,
+        "Keep no activations, compute them again in the backward pass: slower, in far less memory.",
+        also=("gradient_checkpointing",),
+    )
     template: str = setting(
         "auto", "Prompt format: auto, chat (the tokenizer's own), alpaca, qwen, chatml, default, empty."
     )
@@ -63,11 +68,13 @@ class TrainConfig:
         None, "Validation rows used, always the same. [default: all, fewer in a short run]", least=1
     )
     save_every: int = setting(100, "Write a checkpoint every N updates, and at the end.", also=("save_steps",), least=1)
+    keep: int = setting(2, "Checkpoints kept, the newest ones.", also=("save_total_limit",), least=2)
     logging_steps: int = setting(1, "Report every N updates.", least=1)
     seed: int = setting(42, "Decides the adapter's start, the order of rows and the dropout.", least=0)
     backend: str = setting(
         "auto", "Compute with mlx or torch; auto: $MLX_FISH_BACKEND, else what suits the machine.", choices=BACKENDS
     )
+    skip_bad_rows: bool = setting(False, "Train on the good rows of a data set with broken ones, and count those.")
     overwrite: bool = setting(False, "Replace the run in --output-dir.", also=("overwrite_output_dir",))
 
     def __post_init__(self) -> None:

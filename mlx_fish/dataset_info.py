@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fish.errors import FishError, did_you_mean
-from mlx_fish.files import read_json
+from mlx_fish.files import is_path, read_json
 
 FILE_NAME = "dataset_info.json"
 _KNOWN_KEYS = {"file_name", "formatting", "columns", "tags"}
@@ -69,6 +69,8 @@ def _read_entry(folder: Path, name: str, entry: Any) -> tuple[Path, Columns]:
         raise FishError(
             f"{place} asks for {', '.join(unknown)}, which mlx-fish does not support; remove it or give the file itself."
         )
+    if not is_path(entry["file_name"]):
+        raise FishError(f"{place} has a `file_name` that no file can have.")
     path = folder / entry["file_name"]
     if not path.resolve().is_relative_to(folder.resolve()):
         raise FishError(f"{place} names a file outside its folder ({entry['file_name']}).")

@@ -4,11 +4,25 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from mlx_fish.errors import FishError
+
+
+def is_path(text: str) -> bool:
+    """Whether a file system could hold a file of this name: no NUL byte, no part longer than 255 bytes."""
+    try:
+        name = os.fsencode(text)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return b"\0" not in name and len(name) < 4096 and max(map(len, name.split(b"/"))) <= 255
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a name is one that a killed process leaves while writing (see `write_bytes` and `new_folder`)."""
+    return name.startswith(".") and name.endswith((".partial", ".old"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -20,10 +34,11 @@ def write_bytes(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+        sync_folder(path.parent)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
         raise FishError(f"cannot write {path}: {error.strerror or error}.") from error
-    sync_folder(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:

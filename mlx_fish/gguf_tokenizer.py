@@ -18,7 +18,7 @@ _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
 # tokenizer.ggml.pre -> how text is cut before the merges; None: GPT-2's own rule.
-_SPLITS = {
+PRE_TOKENIZERS = {
     "qwen2": _CONTRACTIONS + r"\p{N}" + _TAIL,
     "deepseek-r1-qwen": _CONTRACTIONS + r"\p{N}" + _TAIL,
     **dict.fromkeys(_LLAMA3, _CONTRACTIONS + r"\p{N}{1,3}" + _TAIL),
@@ -87,10 +87,10 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str], source: Path) -> "T
     from tokenizers.models import BPE
 
     pre = _pre(metadata)
-    if pre not in _SPLITS:
-        raise FishError(f"{source} cuts text by the rule {pre}; mlx-fish knows {', '.join(_SPLITS)}.")
+    if pre not in PRE_TOKENIZERS:
+        raise FishError(f"{source} cuts text by the rule {pre}; mlx-fish knows {', '.join(PRE_TOKENIZERS)}.")
     merges = [tuple(merge.split(" ")) for merge in metadata.get("tokenizer.ggml.merges", [])]
-    split = _SPLITS[pre]
+    split = PRE_TOKENIZERS[pre]
     try:
         # Llama 3 looks whole words up before it merges; the others' words are all reachable by merges.
         model = BPE(vocab=_ids(tokens), merges=merges, fuse_unk=False, ignore_merges=pre in _LLAMA3)

@@ -3,11 +3,17 @@
 The log has LLaMA-Factory's keys, one JSON object a line. Knows nothing of models.
 """
 
+import io
 import json
+import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from mlx_fish.errors import FishError
+from mlx_fish.files import write_bytes, write_text
 
 LOG_FILE = "trainer_log.jsonl"
 PICTURE = "training_loss.png"
@@ -15,29 +21,50 @@ PICTURE = "training_loss.png"
 
 def say(text: str = "") -> None:
     """A line for the person, on stderr: stdout is for answers."""
-    print(text, file=sys.stderr, flush=True)
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:  # a closed terminal or a full disk behind `2>` is no reason to lose a run
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for the rest of the process)
 
 
 class Report:
-    """Follows a run of `total` updates. Call `update` after each one and `validated` after each validation."""
+    """Follows a run of `total` updates. Call `update` after each one and `validated` after each validation.
 
-    def __init__(self, folder: Path, *, total: int, per_epoch: int, logging_steps: int):
+    Args:
+        step: the updates done already, in a run that is resumed.
+        state: what `state` gave after that step; the log goes on from there, whatever was written to it later.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        total: int,
+        per_epoch: int,
+        logging_steps: int,
+        step: int = 0,
+        state: dict[str, Any] | None = None,
+    ):
         from tqdm import tqdm
+
+        state = state or {}
 
         self.folder = folder
         self.total = total
         self.per_epoch = per_epoch
         self.logging_steps = logging_steps
-        self.losses: list[tuple[int, float]] = []
-        self.eval_losses: list[tuple[int, float]] = []
-        self.started = time.monotonic()
-        self.training_seconds = 0.0
-        self.tokens = 0
-        self._pending: list[float] = []
-        self._log = open(folder / LOG_FILE, "w", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+        self.losses: list[tuple[int, float]] = [(at, loss) for at, loss in state.get("losses", [])]
+        self.eval_losses: list[tuple[int, float]] = [(at, loss) for at, loss in state.get("eval_losses", [])]
+        self.started = time.monotonic() - state.get("seconds", 0.0)
+        self.training_seconds: float = state.get("training_seconds", 0.0)
+        self.tokens: int = state.get("tokens", 0)
+        self._pending: list[float] = list(state.get("pending", []))
+        self._log_lines = _keep_lines(folder / LOG_FILE, state.get("log_lines", 0))
+        self._log = open(folder / LOG_FILE, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
         self._interactive = sys.stderr.isatty()
         self._bar = tqdm(
             total=total,
+            initial=step,
             file=sys.stderr,
             unit="step",
             dynamic_ncols=True,
@@ -76,16 +103,37 @@ class Report:
         self.eval_losses.append((step, loss))
         self._write(step, eval_loss=loss)
 
+    def was_validated(self, step: int) -> bool:
+        return any(at == step for at, _ in self.eval_losses)
+
+    def state(self) -> dict[str, Any]:
+        """All that a resumed run's `Report` needs to go on; the log's lines up to here are on the disk when this returns."""
+        self._flush(sync=True)
+        return {
+            "losses": self.losses,
+            "eval_losses": self.eval_losses,
+            "pending": self._pending,
+            "tokens": self.tokens,
+            "training_seconds": self.training_seconds,
+            "seconds": time.monotonic() - self.started,
+            "log_lines": self._log_lines,
+        }
+
     def note(self, text: str) -> None:
         """A line above the bar."""
         if self._interactive:
-            self._bar.write(text, file=sys.stderr)
+            with suppress(OSError):  # the terminal may have been closed
+                self._bar.write(text, file=sys.stderr)
         else:
             say(text)
 
-    def close(self) -> None:
+    def __enter__(self) -> "Report":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self._bar.close()
-        self._log.close()
+        with suppress(OSError):  # each line was flushed already, or reported
+            self._log.close()
 
     def _write(self, step: int, **values: Any) -> None:
         elapsed = time.monotonic() - self.started
@@ -100,7 +148,29 @@ class Report:
             "remaining_time": _clock(remaining),
         }
         self._log.write(json.dumps(entry, allow_nan=False) + "\n")
-        self._log.flush()
+        self._log_lines += 1
+        self._flush()
+
+    def _flush(self, *, sync: bool = False) -> None:
+        try:
+            self._log.flush()
+            if sync:
+                os.fsync(self._log.fileno())
+        except OSError as error:
+            raise FishError(f"cannot write {self.folder / LOG_FILE}: {error.strerror or error}.") from error
+
+
+def _keep_lines(path: Path, count: int) -> int:
+    """Cut the log to its first `count` lines; returns how many it really has.
+
+    Written anew, so that a log which is a link to another file is replaced and not written through.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:count] if count else []
+    except (OSError, UnicodeDecodeError):
+        lines = []
+    write_text(path, "".join(lines))
+    return len(lines)
 
 
 def draw(folder: Path, losses: list[tuple[int, float]], eval_losses: list[tuple[int, float]]) -> Path:
@@ -141,9 +211,10 @@ def draw(folder: Path, losses: list[tuple[int, float]], eval_losses: list[tuple[
     axes.set(xlabel="optimizer updates", ylabel="loss (nats a token)")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8)
-    path = folder / PICTURE
-    figure.savefig(path, metadata={"Software": None})
-    return path
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", metadata={"Software": None})
+    write_bytes(folder / PICTURE, picture.getvalue())
+    return folder / PICTURE
 
 
 def _running_mean(values: list[float], width: int) -> list[float]:

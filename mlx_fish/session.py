@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_fish.adapter import Adapter, check_base, check_fits, load_adapter, read_run
+from mlx_fish.adapter import Adapter, check_base, check_fits, check_plain, load_adapter, read_run
 from mlx_fish.backends import Backend, choose_backend, load_backend
 from mlx_fish.errors import FishError
 from mlx_fish.hub import find_model
@@ -63,6 +63,7 @@ def load_session(*, model: str | None, adapter: Path | None, no_adapter: bool, b
         return Session(folder, None, choose_template("auto", load_tokenizer(folder), folder), backend)
     folder = base_of(place, model)
     found = load_adapter(place)
+    check_plain(found, "answering")
     check_fits(found, folder.linear_layers, folder.name)
     check_base(found, folder.fingerprint, folder.name)
     name = read_run(place).get("template", {}).get("name", "auto")

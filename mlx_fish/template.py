@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_fish.data import Example, Turn
+from mlx_fish.deadline import within
 from mlx_fish.errors import FishError, did_you_mean
 from mlx_fish.model_folder import ModelFolder
 
@@ -79,6 +80,10 @@ BUILT_IN = {
     "empty": BuiltIn(_by_role(system=_CONTENT, user=_CONTENT, assistant=f"{_CONTENT} + EOS")),
 }
 NAMES = ("auto", "chat", *BUILT_IN)
+
+
+class TemplateTimeoutError(FishError):
+    """A template did not end in time; with the next row it would be no better."""
 
 
 @dataclass(frozen=True)
@@ -151,11 +156,9 @@ class Template:
                 f"template {name} ends an answer with {self.end_token}, which this model's tokenizer lacks; use another --template."
             )
         self.end_token_id = int(ids[0])
-        self._specials = [
-            str(token)
-            for token in tokenizer.get_added_vocab()
-            if token in tokenizer.all_special_tokens or token == self.end_token
-        ]
+        # By its flag: `all_special_tokens` has only those that the tokenizer's config names.
+        added = tokenizer.added_tokens_decoder.values()
+        self._specials = [str(token) for token in added if token.special or str(token) == self.end_token]
 
     def prompt(self, turns: tuple[Turn, ...]) -> str:
         """The text that asks for the next answer."""
@@ -235,15 +238,24 @@ class Template:
             {"role": turn.role, "content": turn.content + (self.input_joiner + turn.input if turn.input else "")}
             for turn in turns
         ]
-        try:
-            text: str = self.tokenizer.apply_chat_template(
-                messages, chat_template=self.jinja, tokenize=False, add_generation_prompt=add_generation_prompt
+
+        def render() -> str:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, chat_template=self.jinja, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
             )
+
+        try:
+            return render() if self.name in BUILT_IN else within(render)  # a stranger's template may never end
+        except TimeoutError as error:
+            raise TemplateTimeoutError(
+                f"template {self.name}: {error} with this conversation; use another --template."
+            ) from error
         except Exception as error:  # Jinja's errors, and what a template raises by itself
             raise FishError(
                 f"template {self.name} cannot render this conversation ({error}); use another --template."
             ) from error
-        return text
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
@@ -278,6 +290,8 @@ def choose_template(name: str, tokenizer: Any, folder: ModelFolder) -> Template:
     if getattr(tokenizer, "chat_template", None):
         try:
             own = Template("chat", tokenizer)
+        except TemplateTimeoutError:
+            raise
         except FishError:
             return Template("alpaca", tokenizer)
         if own.end_token_id in folder.end_token_ids:

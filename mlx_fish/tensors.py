@@ -5,22 +5,24 @@ The format: https://huggingface.co/docs/safetensors. NumPy has no bfloat16, so i
 """
 
 import json
+import math
 import mmap
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mlx_fish.errors import FishError
-from mlx_fish.files import read_json, write_bytes
+from mlx_fish.files import is_path, read_json, write_bytes
 
 Float32 = npt.NDArray[np.float32]
 DTYPES = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2)}
 NAMES = {stored: name for name, (stored, _) in DTYPES.items()}
+_WIDTHS = {**dict(DTYPES.values()), "U32": 4}
 SHARD_BYTES = 5_000_000_000
 # Elements cast at a time: bounds the memory, and stays in the cache (measured: 3 times faster than 1 << 24).
 _PIECE = 1 << 18
@@ -65,7 +67,16 @@ class Weights(Mapping[str, TensorInfo]):
     def read(self, name: str) -> Float32:
         """A float32 copy of the tensor (float types only)."""
         info = self._infos[name]
-        return decode(self.raw(name), info.dtype, name).reshape(info.shape)
+        array = decode(self.raw(name), info.dtype, name).reshape(info.shape)
+        self._release(info)
+        return array
+
+    def _release(self, info: TensorInfo) -> None:
+        """Give the pages just read back: a model read through would otherwise end up in memory whole."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            start = -(-info.start // mmap.PAGESIZE) * mmap.PAGESIZE  # the pages at both ends belong to neighbours too
+            if info.end - start >= mmap.PAGESIZE:
+                self._maps[info.file].madvise(mmap.MADV_DONTNEED, start, info.end - start)
 
     @property
     def num_parameters(self) -> int:
@@ -150,7 +161,7 @@ def open_weights(folder: Path) -> Weights:
             raise FishError(f"{index} has no `weight_map` from tensor names to file names; fetch it again.")
         names = sorted(set(weight_map.values()))
         for name in names:
-            if Path(name).name != name or not name.endswith(".safetensors"):
+            if Path(name).name != name or not is_path(name) or not name.endswith(".safetensors"):
                 raise FishError(f"{index} names the file {name!r}; plain .safetensors names were expected.")
             if not (folder / name).is_file():
                 raise FishError(f"{folder} lacks {name}, which its index names; fetch it again.")
@@ -165,9 +176,80 @@ def open_weights(folder: Path) -> Weights:
 
 
 def write_safetensors(path: Path, arrays: Mapping[str, Float32], metadata: dict[str, str] | None = None) -> None:
-    """Write small float32 arrays (an adapter, optimizer moments) whole, in the order given, or not at all."""
-    header = _header({name: array.shape for name, array in arrays.items()}, "float32", metadata)
+    """Write small float32 arrays (an adapter, optimizer moments) whole, in the order given, or not at all.
+
+    Raises:
+        FishError: a tensor is not finite; such numbers are worth nothing, and are never written.
+    """
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise FishError(f"{name} is not finite; {path} was not written.")
+    header = _header([Slot(name, "F32", array.shape) for name, array in arrays.items()], metadata)
     write_bytes(path, header + b"".join(encode(array, "float32") for array in arrays.values()))
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor to be written: `stored` is safetensors' name of its type (F32, F16, BF16, U32)."""
+
+    name: str
+    stored: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * _WIDTHS[self.stored]
+
+
+class ShardWriter:
+    """Tensors in an order known beforehand, one after another, into `model.safetensors`, or into numbered shards with an
+    index above `shard_bytes`. Only the bytes at hand are held."""
+
+    def __init__(self, folder: Path, slots: Sequence[Slot], *, shard_bytes: int = SHARD_BYTES):
+        self.folder = folder
+        self.num_bytes = sum(slot.num_bytes for slot in slots)
+        self._shards = _cut(slots, shard_bytes)
+        self._waiting = [(number, slot) for number, shard in enumerate(self._shards) for slot in shard]
+        self._file: IO[bytes] | None = None
+        self._next = 0
+        self._open = -1
+
+    def put(self, chunks: Iterable[bytes | memoryview]) -> Slot:
+        """Write the next tensor's bytes."""
+        number, slot = self._waiting[self._next]
+        self._next += 1
+        if number != self._open:
+            self._begin(number)
+        assert self._file is not None
+        written = sum(self._file.write(chunk) for chunk in chunks)
+        assert written == slot.num_bytes, (slot, written)
+        return slot
+
+    def close(self) -> None:
+        """Every tensor is there: write the index, when there is more than one file."""
+        assert self._next == len(self._waiting), f"{len(self._waiting) - self._next} tensors are missing"
+        self.abandon()
+        if len(self._shards) > 1:
+            weight_map = {slot.name: self._name(number) for number, slot in self._waiting}
+            index = {"metadata": {"total_size": self.num_bytes}, "weight_map": weight_map}
+            text = json.dumps(index, indent=2) + "\n"
+            (self.folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+    def abandon(self) -> None:
+        """Let the file go, whatever state it is in."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _begin(self, number: int) -> None:
+        self.abandon()
+        self._open = number
+        self._file = open(self.folder / self._name(number), "wb")  # noqa: SIM115 (closed by `abandon`)
+        self._file.write(_header(self._shards[number], {"format": "pt"}))
+
+    def _name(self, number: int) -> str:
+        count = len(self._shards)
+        return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
 def write_shards(
@@ -179,7 +261,7 @@ def write_shards(
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int], None] = lambda num_bytes: None,
 ) -> int:
-    """Stream tensors into `model.safetensors`, or into numbered shards with an index above `shard_bytes`.
+    """Stream tensors of one type into a folder, see `ShardWriter`.
 
     Args:
         shapes: every tensor and its shape, in the order in which `read` will be asked for them.
@@ -190,43 +272,44 @@ def write_shards(
     Returns:
         the bytes of all tensors together.
     """
-    width = DTYPES[dtype][1]
-    sizes = {name: int(np.prod(shape, dtype=np.int64)) * width for name, shape in shapes.items()}
-    shards: list[list[str]] = [[]]
+    slots = [Slot(name, DTYPES[dtype][0], shape) for name, shape in shapes.items()]
+    writer = ShardWriter(folder, slots, shard_bytes=shard_bytes)
+    try:
+        for name, shape in shapes.items():
+            array = read(name)
+            assert array.shape == shape, (name, array.shape, shape)
+            progress(writer.put(encoded_pieces(array, dtype, name)).num_bytes)
+        writer.close()
+    finally:
+        writer.abandon()
+    return writer.num_bytes
+
+
+def encoded_pieces(array: Float32, dtype: str, name: str) -> Iterator[bytes]:
+    """`encode`, a piece at a time: bounds the memory of what is cast."""
+    flat = array.reshape(-1)
+    for start in range(0, max(flat.size, 1), _PIECE):
+        yield encode(flat[start : start + _PIECE], dtype, name)
+
+
+def _cut(slots: Sequence[Slot], shard_bytes: int) -> list[list[Slot]]:
+    shards: list[list[Slot]] = [[]]
     filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > shard_bytes:
+    for slot in slots:
+        if shards[-1] and filled + slot.num_bytes > shard_bytes:
             shards.append([])
             filled = 0
-        shards[-1].append(name)
-        filled += size
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        file_name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        with open(folder / file_name, "wb") as file:
-            file.write(_header({name: shapes[name] for name in names}, dtype, {"format": "pt"}))
-            for name in names:
-                array = read(name)
-                assert array.shape == shapes[name], (name, array.shape, shapes[name])
-                flat = array.reshape(-1)
-                for start in range(0, max(flat.size, 1), _PIECE):
-                    file.write(encode(flat[start : start + _PIECE], dtype, name))
-                weight_map[name] = file_name
-                progress(sizes[name])
-    total = sum(sizes.values())
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return total
+        shards[-1].append(slot)
+        filled += slot.num_bytes
+    return shards
 
 
-def _header(shapes: Mapping[str, tuple[int, ...]], dtype: str, metadata: dict[str, str] | None) -> bytes:
-    stored, width = DTYPES[dtype]
+def _header(slots: Sequence[Slot], metadata: dict[str, str] | None) -> bytes:
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     offset = 0
-    for name, shape in shapes.items():
-        end = offset + int(np.prod(shape, dtype=np.int64)) * width
-        header[name] = {"dtype": stored, "shape": list(shape), "data_offsets": [offset, end]}
+    for slot in slots:
+        end = offset + slot.num_bytes
+        header[slot.name] = {"dtype": slot.stored, "shape": list(slot.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)

@@ -4,52 +4,40 @@ Nothing here depends on an earlier step but the adapter and its moments: the ord
 rate of the step, a dropout key of (seed, step, micro-batch).
 """
 
-import contextlib
-import dataclasses
 import math
-import sys
+import shlex
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlx_fish import __version__
-from mlx_fish.adapter import RUN_FILE, LoraSpec, choose_layers, initial_arrays, peft_config, save_adapter
-from mlx_fish.backends import Backend, Sampling, choose_backend, load_backend
-from mlx_fish.batches import Batch, Updates, fixed_batches, padding_share
-from mlx_fish.checkpoint import save_checkpoint
+from mlx_fish.adapter import RUN_FILE, initial_arrays, save_adapter
+from mlx_fish.backends import Backend, Sampling, choose_backend, is_out_of_memory, load_backend
+from mlx_fish.batches import Batch, fixed_batches
+from mlx_fish.checkpoint import newest_valid, save_checkpoint
 from mlx_fish.config import TrainConfig
 from mlx_fish.data import Dataset, Turn, load_dataset
 from mlx_fish.errors import FishError
 from mlx_fish.files import write_json, write_text
 from mlx_fish.hub import find_model
 from mlx_fish.model_card import Tuning, adapter_card, license_of
-from mlx_fish.model_folder import ModelFolder, copy_tokenizer
+from mlx_fish.plan import Plan, describe, end_ids, make_plan
+from mlx_fish.record import adapter_config, run_record, write_run
 from mlx_fish.report import Report, draw, say
-from mlx_fish.run_folder import check_free, prepare
+from mlx_fish.resume import NEWEST, Point, base_of, check_arrays, check_same, continued, find_point, place
+from mlx_fish.run_folder import CHECKPOINTS, DEFAULT_OUTPUT, check_free, check_space, clean, locked, prepare
 from mlx_fish.schedule import learning_rate
-from mlx_fish.template import Template, Tokens, check_name, choose_template, load_tokenizer
+from mlx_fish.signals import Interrupted, Stop, catching
+from mlx_fish.template import Template, check_name
 
-SAMPLE_TOKENS = 48
+SAMPLE_TOKENS = 32
 SAMPLE_QUESTION = "金鱼为什么容易浮头？"
 
 
-@dataclass(frozen=True)
-class Plan:
-    """All that is decided before a model loads."""
-
-    config: TrainConfig
-    folder: ModelFolder
-    dataset: Dataset
-    template: Template
-    rows: list[Tokens]
-    valid_rows: list[Tokens]
-    spec: LoraSpec
-    updates: Updates
-    iters: int
-    num_blocks: int
+class _NotFiniteError(FishError):
+    """The same updates would come to it again, so going on does not help."""
 
 
 def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
@@ -57,90 +45,95 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
 
     Raises:
         FishError: any mistake in the settings, files or rows, before the model loads; a non-finite loss, naming step and rows.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP; the updates done are in a checkpoint.
     """
     output = Path(config.output_dir)
-    backend_name = choose_backend(config.backend)
+    choose_backend(config.backend)
     check_name(config.template)
     check_free(output, overwrite=config.overwrite)
-    dataset = load_dataset(config.data)
+    with catching() as stop:
+        dataset = _load_data(config)
+        plan = make_plan(config, find_model(config.model), dataset)
+        describe(plan)
+        if dry_run:
+            say("Dry run: nothing was written.")
+            return output
+        with locked(output):
+            check_free(output, overwrite=config.overwrite)  # once more, now that nobody else writes there
+            _carry_out(plan, output, None, stop)
+    return output
+
+
+def resume(settings: dict[str, Any], checkpoint: str = NEWEST, *, dry_run: bool = False) -> Path:
+    """Go on with a run as if it had never stopped: the same losses and the same adapter, to the bit.
+
+    Args:
+        settings: those asked for; the run's own stand for the rest.
+        checkpoint: its name, number or path; `NEWEST` is the newest whole one.
+
+    Raises:
+        FishError: also when a setting, the data or the base is not what the run began with.
+    """
+    output = place(settings, checkpoint)
+    with catching() as stop, locked(output):
+        point = find_point(output, checkpoint)
+        config = continued(point, settings)
+        choose_backend(config.backend)
+        plan = make_plan(config, base_of(point, settings), _load_data(config))
+        check_same(point, plan, run_record(plan, {}))
+        check_arrays(point, plan)
+        if point.step >= plan.iters and point.has_results:
+            clean(output)
+            say(f"{output} is complete: it did its {plan.iters} updates; a higher --iters would train on.")
+            return output
+        describe(plan)
+        say(f"  resuming    after {point.step} of {plan.iters} updates")
+        if dry_run:
+            say("Dry run: nothing was written.")
+        else:
+            _carry_out(plan, output, point, stop)
+    return output
+
+
+def _load_data(config: TrainConfig) -> Dataset:
+    dataset = load_dataset(config.data, skip_bad_rows=config.skip_bad_rows)
     if not dataset.splits["train"]:
         raise FishError(
             f"--data {config.data} has no training rows (a single file is split 80/10/10 by content); add rows."
         )
-    plan = make_plan(config, find_model(config.model), dataset)
-    describe(plan)
-    if dry_run:
-        say("Dry run: nothing was written.")
-        return output
-    backend = load_backend(plan.folder, lambda text: say(f"! {text}"), name=backend_name)
+    return dataset
+
+
+def _carry_out(plan: Plan, output: Path, point: Point | None, stop: Stop) -> None:
+    """All that happens once a plan is made and its folder is ours."""
+    check_space(output, num_parameters=plan.spec.num_parameters, num_checkpoints=plan.config.keep + 1)
+    backend = load_backend(plan.folder, lambda text: say(f"! {text}"), name=choose_backend(plan.config.backend))
     say(f"  computing   {backend.name} on {backend.device}, {backend.dtype}")
-    prepare(output, overwrite=config.overwrite)
-    backend.attach(plan.spec, initial_arrays(plan.spec, config.seed))
-    results = _run(plan, backend, output)
-    _close(plan, output, results)
-    return output
+    checkpoint = point.checkpoint if point else None
+    arrays = checkpoint.adapter if checkpoint else initial_arrays(plan.spec, plan.config.seed)
+    if point is None:
+        prepare(output)
+    else:
+        clean(output)
+    backend.attach(plan.spec, arrays, grad_checkpoint=plan.config.grad_checkpoint)
+    if checkpoint is not None:
+        backend.restore_optimizer(checkpoint.optimizer, checkpoint.step)
+    write_run(plan, output, {})
+    try:
+        results = _run(plan, backend, output, checkpoint.state if checkpoint else {"step": 0}, stop)
+        _close(plan, output, results)
+    except Interrupted:
+        say(f"\nTo go on:\n  {resume_command(output)}")
+        raise
 
 
-def make_plan(config: TrainConfig, folder: ModelFolder, dataset: Dataset) -> Plan:
-    """Tokenise, choose the layers and count the updates. Loads a tokenizer, no model."""
-    layers = choose_layers(folder.linear_layers, target=config.lora_target, num_layers=config.num_layers)
-    tokenizer = load_tokenizer(folder)
-    template = choose_template(config.template, tokenizer, folder)
-    rows = [template.tokens(example, config.max_seq_length) for example in dataset.splits["train"]]
-    valid_rows = [template.tokens(example, config.max_seq_length) for example in dataset.splits["valid"]]
-    updates = Updates(rows, batch_size=config.batch_size, accumulation=config.grad_accumulation, seed=config.seed)
-    iters = config.iters or max(1, math.ceil(config.epochs * updates.per_epoch))
-    limit = config.eval_rows or (
-        len(valid_rows) if iters >= updates.per_epoch else max(4, len(valid_rows) * iters // updates.per_epoch)
-    )
-    return Plan(
-        config=config,
-        folder=folder,
-        dataset=dataset,
-        template=template,
-        rows=rows,
-        valid_rows=valid_rows[:limit],
-        spec=LoraSpec.uniform(layers, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout),
-        updates=updates,
-        iters=iters,
-        num_blocks=1 + max(int(module.split(".")[2]) for module in folder.linear_layers),
-    )
-
-
-def describe(plan: Plan) -> None:
-    """Say what is trained on what."""
-    parameters, trainable = plan.folder.num_parameters, plan.spec.num_parameters
-    tokens = sum(len(row.ids) for row in plan.rows)
-    supervised = sum(row.num_supervised for row in plan.rows)
-    padding = padding_share(plan.updates, min(plan.iters, plan.updates.per_epoch))
-    cut = [row.where for row in plan.rows + plan.valid_rows if row.cut]
-    config = plan.config
-    say(f"  model       {plan.folder.name}, {parameters / 1e6:.1f} M parameters")
-    say(
-        f"  adapter     LoRA rank {config.lora_rank}, alpha {config.lora_alpha:g}, on {len(plan.spec.layers)} layers: "
-        f"{trainable / 1e6:.2f} M trainable ({trainable / parameters:.2%})"
-    )
-    say(
-        f"  data        {plan.dataset.name}: {len(plan.rows)} training rows, {len(plan.valid_rows)} for validation "
-        f"(of {len(plan.dataset.splits['valid'])}), template {plan.template.name}"
-    )
-    say(f"  tokens      {tokens:,} ({supervised / tokens:.0%} supervised), {padding:.1%} padding")
-    say(
-        f"  run         {plan.iters} updates of {config.batch_size} x {config.grad_accumulation} rows "
-        f"({plan.iters / plan.updates.per_epoch:.2f} epochs), learning rate {config.learning_rate:g}, {config.schedule}"
-    )
-    if cut:
-        say(
-            f"! {len(cut)} rows are longer than --max-seq-length {config.max_seq_length} and were cut, without an end token: {', '.join(cut[:3])}{'…' if len(cut) > 3 else ''}"
-        )
-    if not plan.valid_rows:
-        say("! no validation rows: the data set is too small to hold some out")
-
-
-def validate(backend: Backend, batches: list[Batch]) -> float:
+def validate(backend: Backend, batches: Iterable[Batch]) -> float:
     """Mean loss over all supervised tokens of the batches: a sum divided once, never a mean of means."""
-    loss = sum(backend.evaluate(batch) for batch in batches)
-    return loss / sum(batch.num_supervised for batch in batches)
+    loss, tokens = 0.0, 0
+    for batch in batches:
+        loss += backend.evaluate(batch)
+        tokens += batch.num_supervised
+    return loss / tokens
 
 
 def sample_answer(backend: Backend, template: Template, end_ids: tuple[int, ...]) -> str:
@@ -151,61 +144,71 @@ def sample_answer(backend: Backend, template: Template, end_ids: tuple[int, ...]
     return text + ("…" if len(ids) == SAMPLE_TOKENS else "")
 
 
-def end_ids(plan: Plan) -> tuple[int, ...]:
-    return tuple(dict.fromkeys((plan.template.end_token_id, *plan.folder.end_token_ids)))
-
-
 def dropout_seeds(seed: int, step: int, count: int) -> list[int]:
     """One 32-bit key for each micro-batch of a step."""
     return [int(np.random.SeedSequence([seed, step, number]).generate_state(1)[0]) for number in range(count)]
 
 
-def _run(plan: Plan, backend: Backend, output: Path) -> dict[str, Any]:
+def _run(plan: Plan, backend: Backend, output: Path, state: dict[str, Any], stop: Stop) -> dict[str, Any]:
+    """The updates from `state["step"]` on. Stopped by a signal, it finishes the update, writes a checkpoint and raises."""
     config = plan.config
     valid = fixed_batches(plan.valid_rows, config.batch_size) if plan.valid_rows else []
-    before = sample_answer(backend, plan.template, end_ids(plan))
-    report = Report(output, total=plan.iters, per_epoch=plan.updates.per_epoch, logging_steps=config.logging_steps)
-    try:
-        if valid:
-            first = validate(backend, valid)
-            report.validated(0, first)
-            report.note(f"  validation  {first:.4f} before training")
-        _write_run(plan, output, {})
-        backend.reset_peak_memory()
-        batches = plan.updates[0]
-        for step in range(plan.iters):
-            rate = learning_rate(
-                step, peak=config.learning_rate, total=plan.iters, warmup=config.warmup, schedule=config.schedule
-            )
-            started = time.monotonic()
-            wait = backend.step(batches, rate, dropout_seeds(config.seed, step, len(batches)))
-            following = plan.updates[step + 1] if step + 1 < plan.iters else []  # built while the step computes
-            result = wait()
-            if not result.updated:
-                rows = ", ".join(row for batch in batches for row in batch.rows)
-                raise FishError(
-                    f"step {step + 1}: the loss ({result.loss}) or the gradient's norm ({result.grad_norm}) is not finite, so the adapter "
-                    f"was left as it was; lower --learning-rate, and look at the rows {rows}."
-                )
-            report.update(
-                step + 1,
-                loss=result.loss,
-                learning_rate=rate,
-                grad_norm=result.grad_norm,
-                tokens=sum(batch.num_tokens for batch in batches),
-                seconds=time.monotonic() - started,
-                peak=backend.peak_memory(),
-            )
-            batches = following
-            last = step + 1 == plan.iters
-            if valid and (last or (config.eval_every and (step + 1) % config.eval_every == 0)):
-                loss = validate(backend, valid)
-                report.validated(step + 1, loss)
-                report.note(f"  validation  {loss:.4f} after step {step + 1}")
-            if last or (step + 1) % config.save_every == 0:
-                _save(plan, backend, output, step + 1)
-    finally:
-        report.close()
+    before = state.get("before") or sample_answer(backend, plan.template, end_ids(plan))
+    report = Report(
+        output,
+        total=plan.iters,
+        per_epoch=plan.updates.per_epoch,
+        logging_steps=config.logging_steps,
+        step=state["step"],
+        state=state.get("report"),
+    )
+
+    def save(step: int) -> None:
+        _save(plan, backend, output, step, {"before": before, "report": report.state()}, after=saved)
+
+    def validate_if_due(step: int) -> None:
+        due = step in (0, plan.iters) or (config.eval_every and step % config.eval_every == 0)
+        if not (valid and due) or report.was_validated(step):
+            return
+        loss = validate(backend, stop.between(valid))
+        if not math.isfinite(loss):
+            raise _NotFiniteError(f"the validation after step {step} gives the loss {loss}; lower --learning-rate.")
+        report.validated(step, loss)
+        report.note(f"  validation  {loss:.4f} {f'after step {step}' if step else 'before training'}")
+
+    step = saved = state["step"]
+    with report, stop.deferred():
+        try:
+            if step:
+                save_adapter(output, backend.adapter_arrays(), adapter_config(plan))
+            validate_if_due(step)
+            backend.reset_peak_memory()
+            batches = plan.updates[step]
+            while step < plan.iters:
+                stop.check()
+                batches = _update(plan, backend, report, step, batches)
+                step += 1
+                validate_if_due(step)
+                if step == plan.iters or step % config.save_every == 0:
+                    save(step)
+                    saved = step
+            stop.check()
+        except Interrupted:
+            if step > saved:
+                save(step)
+            report.note(f"! stopped after {step} of {plan.iters} updates")
+            raise
+        except _NotFiniteError as error:  # a checkpoint of this very step holds the adapter that failed
+            raise FishError(f"{error}\n{_last_good(output, before=step)}.") from error
+        except FishError as error:
+            raise FishError(f"{error}\n{_last_good(output)}; to go on: {resume_command(output)}") from error
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise FishError(
+                f"step {step + 1} does not fit in memory ({error}); lower --batch-size (raising --grad-accumulation instead), "
+                f"--max-seq-length or --lora-rank.\n{_last_good(output)}."
+            ) from error
     draw(output, report.losses, report.eval_losses)
     return {
         "before": before,
@@ -220,82 +223,67 @@ def _run(plan: Plan, backend: Backend, output: Path) -> dict[str, Any]:
     }
 
 
-def _adapter_config(plan: Plan) -> dict[str, Any]:
-    return peft_config(
-        plan.spec,
-        rank=plan.config.lora_rank,
-        alpha=plan.config.lora_alpha,
-        num_blocks=plan.num_blocks,
-        base=plan.folder.name,
-        revision=plan.folder.revision,
+def _update(plan: Plan, backend: Backend, report: Report, step: int, batches: list[Batch]) -> list[Batch]:
+    """Do update `step` (from 0) over its micro-batches; returns those of the next one, built while this one computes."""
+    config = plan.config
+    rate = learning_rate(
+        step, peak=config.learning_rate, total=plan.iters, warmup=config.warmup, schedule=config.schedule
     )
+    started = time.monotonic()
+    wait = backend.step(batches, rate, dropout_seeds(config.seed, step, len(batches)))
+    following = plan.updates[step + 1] if step + 1 < plan.iters else []
+    result = wait()
+    if not result.updated:
+        raise _NotFiniteError(
+            f"step {step + 1}: the loss ({result.loss}) or the gradient's norm ({result.grad_norm}) is not finite, so the adapter was "
+            f"left as it was; lower --learning-rate, and look at the rows {', '.join(row for batch in batches for row in batch.rows)}."
+        )
+    report.update(
+        step + 1,
+        loss=result.loss,
+        learning_rate=rate,
+        grad_norm=result.grad_norm,
+        tokens=sum(batch.num_tokens for batch in batches),
+        seconds=time.monotonic() - started,
+        peak=backend.peak_memory(),
+    )
+    return following
 
 
-def _save(plan: Plan, backend: Backend, output: Path, step: int) -> None:
-    """A checkpoint, and the same adapter at the top of the folder."""
+def _last_good(output: Path, *, before: int | None = None) -> str:
+    good = newest_valid(output / CHECKPOINTS, before=before)
+    return f"The last good checkpoint is {good}" if good else "There is no good checkpoint yet"
+
+
+def resume_command(output: Path) -> str:
+    """The command that goes on with the run."""
+    where = f" --output-dir {shlex.quote(str(output))}" if output != DEFAULT_OUTPUT else ""
+    return f"mlx-fish train --resume{where}"
+
+
+def _save(plan: Plan, backend: Backend, output: Path, step: int, state: dict[str, Any], *, after: int) -> None:
+    """A checkpoint, and then the same adapter at the top of the folder."""
     arrays = backend.adapter_arrays()
     save_checkpoint(
-        output / "checkpoints",
+        output / CHECKPOINTS,
         step,
         adapter=arrays,
-        adapter_config=_adapter_config(plan),
+        adapter_config=adapter_config(plan),
         optimizer=backend.optimizer_arrays(),
-        state={"data": plan.dataset.hashes, "settings": dataclasses.asdict(plan.config)},
+        state={"run": run_record(plan, {}), **state},
+        keep=plan.config.keep,
+        after=after,
     )
-    save_adapter(output, arrays, _adapter_config(plan))
-
-
-def _write_run(plan: Plan, output: Path, results: dict[str, Any]) -> None:
-    """run.json, the tokenizer and the generation config: all that `generate`, `evaluate` and `fuse` need to know."""
-    copy_tokenizer(plan.folder.path, output, chat_template=plan.template.jinja)
-    generation = {**plan.folder.generation_config, "eos_token_id": list(end_ids(plan))}
-    write_json(output / "generation_config.json", generation)
-    write_json(output / RUN_FILE, run_record(plan, results))
-
-
-def run_record(plan: Plan, results: dict[str, Any]) -> dict[str, Any]:
-    """What run.json holds."""
-    return {
-        "version": __version__,
-        "python": sys.version.split()[0],
-        "packages": _versions("numpy", "transformers", "mlx", "mlx-lm", "torch", "peft"),
-        "settings": dataclasses.asdict(plan.config),
-        "iters": plan.iters,
-        "base": {
-            "name": plan.folder.name,
-            "path": str(plan.folder.path.resolve()),
-            "revision": plan.folder.revision,
-            "fingerprint": plan.folder.fingerprint,
-        },
-        "template": {"name": plan.template.name, "end_token_id": plan.template.end_token_id},
-        "data": {
-            "name": plan.dataset.name,
-            "sha256": plan.dataset.hashes,
-            "rows": len(plan.rows),
-            "splits": {split: len(rows) for split, rows in plan.dataset.splits.items()},
-        },
-        "results": results,
-    }
-
-
-def _versions(*packages: str) -> dict[str, str]:
-    """Of those that are installed: no machine needs both frameworks."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in packages:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+    save_adapter(output, arrays, adapter_config(plan))
 
 
 def _close(plan: Plan, output: Path, results: dict[str, Any]) -> None:
     record = run_record(plan, results)
-    write_json(output / RUN_FILE, record)
     write_text(
         output / "README.md",
         adapter_card(Tuning.from_run(record, base=plan.folder.name, license=license_of(plan.folder.path))),
     )
+    write_json(output / RUN_FILE, record)  # last: a record with results is that of a complete run
     say(f"\n  {SAMPLE_QUESTION}")
     say(f"  before: {results['before']}")
     say(f"  after:  {results['after']}\n")

@@ -26,7 +26,7 @@ FAULTS = [
     ("no bias correction", "backends/mlx/step.py", "(1 - BETA1**step)", "1.0", "test_backends"),
     ("no clipping", "backends/mlx/step.py", "mx.minimum(MAX_NORM / (norm + 1e-6), 1.0)", "1.0", "test_backends"),
     ("poisoned update", "backends/mlx/step.py", "mx.where(good, new_flat, flat)", "new_flat", "test_backends"),
-    ("sum not rescaled", "backends/mlx/loss.py", "total * decay, blend * decay", "total, blend", "test_mlx_loss"),
+    ("sum not rescaled", "backends/mlx/loss.py", "total = total * decay +", "total = total +", "test_mlx_loss"),
     ("torch: mean of means", "backends/torch/step.py", "piece) / num_supervised", "piece) / batch.num_supervised", "test_backends"),
     ("torch: no clipping", "backends/torch/step.py", "self.layers.master, MAX_NORM", "self.layers.master, 1e9", "test_backends"),
     ("torch: poisoned update", "backends/torch/step.py", "if updated:", "if loss is not None:", "test_backends"),
@@ -34,6 +34,12 @@ FAULTS = [
     ("torch: moments lost", "backends/torch/step.py", "[self.layers.master] = state", "[self.layers.master] = {}", "test_backends"),
     ("torch: sum not rescaled", "backends/torch/loss.py", "blend.mul_(decay).add_", "blend.add_", "test_torch_backend"),
     ("torch: a piece cut short", "backends/torch/step.py", "columns + 1)", "columns)", "test_torch_backend"),
+    ("moments forgotten", "train.py", "backend.restore_optimizer(checkpoint.optimizer, checkpoint.step)", "pass", "test_resume"),
+    ("log not cut", "report.py", "splitlines(keepends=True)[:count]", "splitlines(keepends=True)", "test_resume"),
+    ("damage unseen", "checkpoint.py", "if _sha256(checkpoint / name) != digest:", "if False:", "test_resume"),
+    ("not flushed", "files.py", "            os.fsync(file.fileno())\n", "", "test_crash"),
+    ("written in place", "files.py", 'with open(beside, "wb") as file:', 'with open(path, "wb") as file:', "test_crash"),
+    ("second signal unheard", "signals.py", "if came == 2:", "if came == 3:", "test_signals"),
     ("merge not scaled", "adapter.py", "product *= np.float32(adapter.spec.scales[module])", "product *= np.float32(1)", "test_fuse"),
 ]  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ from mlx_fish.adapter import (
 )
 from mlx_fish.blas import load_openblas
 from mlx_fish.files import read_json, write_json
-from mlx_fish.fuse import FuseResult, fuse
+from mlx_fish.fuse import fuse
 from mlx_fish.model_folder import ModelFolder
+from mlx_fish.targets import Target
 
 load_openblas()
 torch = pytest.importorskip("torch")
@@ -32,14 +34,16 @@ TEMPLATE = "{%- for message in messages -%}{{- message['content'] + '<end>' -}}{
 RANK, ALPHA = 4, 12.0
 
 
-def make_model(folder: Path, kind: str, *, tied: bool, dtype: str = "float32", seed: int = 0) -> ModelFolder:
+def make_model(
+    folder: Path, kind: str, *, tied: bool, dtype: str = "float32", seed: int = 0, num_blocks: int = 3
+) -> ModelFolder:
     """A random model as transformers 5 writes it: `rope_parameters`, no `rope_theta`."""
     torch.manual_seed(seed)
     sizes = {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
         "intermediate_size": 96,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": num_blocks,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 64,
@@ -63,11 +67,11 @@ def make_model(folder: Path, kind: str, *, tied: bool, dtype: str = "float32", s
 
 
 def make_tokenizer(folder: Path) -> None:
-    """A byte is a token, in the byte-level form that both architectures' tokenizers have."""
+    """A byte is a token, in the byte-level form that both architectures' tokenizers have, and one merge: llama.cpp needs one."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    words = ["<unk>", "<s>", "</s>", "<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, []))
+    words = ["<unk>", "<s>", "</s>", "<end>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
+    tokenizer = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, [("a", "b")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(words[:4])
@@ -125,5 +129,7 @@ def peft_logits(base: Path, adapter: Path) -> tuple[Any, Any]:
         return beside, tuned.merge_and_unload()(torch.tensor(IDS)).logits[0].numpy()
 
 
-def run_fuse(base: ModelFolder, adapter: Adapter, out: Path, **options: Any) -> FuseResult:
-    return fuse(base=base, adapter=adapter, out=out, **options)
+def run_fuse(base: ModelFolder, adapter: Adapter, out: Path, *, dtype: str | None = None, **options: Any) -> Any:
+    """Fuse to one Hugging Face folder: what the artifact and the result tell, in one."""
+    result = fuse(base=base, adapter=adapter, targets=[Target("hf", out, dtype=dtype)], **options)
+    return SimpleNamespace(**{**vars(result), **vars(result.artifacts[0])})

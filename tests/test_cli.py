@@ -104,10 +104,10 @@ def test_train_leaves_everything_that_a_run_should(trained):
         "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
         "generation_config.json", "run.json", "trainer_log.jsonl", "training_loss.png", "README.md", "checkpoints",
     }  # fmt: skip
-    from mlx_fish.checkpoint import checkpoints, is_valid
+    from mlx_fish.checkpoint import checkpoints, damage
 
     assert [path.name for path in checkpoints(trained / "finetuned_model" / "checkpoints")] == ["step-00000012"]
-    assert is_valid(trained / "finetuned_model" / "checkpoints" / "step-00000012")
+    assert damage(trained / "finetuned_model" / "checkpoints" / "step-00000012") is None
 
 
 def test_the_log_has_the_keys_people_know_and_every_step(trained):
@@ -149,7 +149,7 @@ def test_the_same_command_gives_the_same_bytes(trained):
 def test_training_again_is_refused_without_overwrite(trained):
     done = run("train", "--model", "tiny", "--iters", "1", cwd=trained)
     assert done.returncode == 1
-    assert "use --overwrite" in done.stderr
+    assert "--overwrite to replace it" in done.stderr
 
 
 def test_the_terminal_shows_what_matters(trained):

@@ -267,6 +267,7 @@ def test_a_killed_fuse_leaves_no_folder(qwen: tuple[ModelFolder, Adapter], tmp_p
         from mlx_fish.adapter import load_adapter
         from mlx_fish.fuse import fuse
         from mlx_fish.model_folder import ModelFolder
+        from mlx_fish.targets import Target
 
         def die(done, total):
             if done > total // 2:
@@ -274,7 +275,7 @@ def test_a_killed_fuse_leaves_no_folder(qwen: tuple[ModelFolder, Adapter], tmp_p
 
         base = ModelFolder(Path({str(base.path)!r}), "Owner/Base")
         fuse(base=base, adapter=load_adapter(Path({str(adapter.path)!r})),
-             out=Path({str(tmp_path / "fused")!r}), progress=die)
+             targets=[Target("hf", Path({str(tmp_path / "fused")!r}))], progress=die)
     """
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     child = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=environment, check=False)
@@ -292,10 +293,11 @@ def test_fusing_loads_no_framework(qwen: tuple[ModelFolder, Adapter], tmp_path: 
         from mlx_fish.adapter import load_adapter
         from mlx_fish.fuse import fuse
         from mlx_fish.model_folder import ModelFolder
+        from mlx_fish.targets import Target
 
         base = ModelFolder(Path({str(base.path)!r}), "Owner/Base")
         fuse(base=base, adapter=load_adapter(Path({str(adapter.path)!r})),
-             out=Path({str(tmp_path / "fused")!r}))
+             targets=[Target("hf", Path({str(tmp_path / "fused")!r}))])
         print(json.dumps([name for name in ("mlx", "torch", "transformers") if name in sys.modules]))
     """
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}

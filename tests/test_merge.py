@@ -24,7 +24,7 @@ from mlx_fish.tensors import decode, encode, open_weights
 def survival(weight: Any, change: Any, dtype: str) -> Survival:
     found = Survival()
     stored = {"bfloat16": "BF16", "float16": "F16"}[dtype]
-    found.add(weight, change, lambda array: decode(encode(array, dtype), stored))
+    found.add(weight[:, None], change[:, None], lambda rows: decode(encode(rows, dtype), stored).reshape(rows.shape))
     return found
 
 

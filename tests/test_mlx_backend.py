@@ -1,7 +1,12 @@
-"""What is MLX's own: the sampler, which transformers' processors do for torch."""
+"""What is MLX's own: the sampler, which transformers' processors do for torch, and the memory that MLX counts."""
 
 import numpy as np
 import torch
+from fuse_models import make_adapter, make_model
+
+from mlx_fish.backends import load_backend
+from mlx_fish.batches import make_batch
+from mlx_fish.template import Tokens
 
 
 def test_sampling_keeps_what_transformers_keeps():
@@ -21,3 +26,20 @@ def test_sampling_keeps_what_transformers_keeps():
         )
         ours = np.array(keep_top_p(keep_top_k(mx.array(scores), k), p))
         assert (np.isinf(ours) == np.isinf(expected.numpy())).all()
+
+
+def test_checkpointing_needs_half_the_memory(tmp_path):
+    """Sixteen blocks: one of them is always whole, and the head's share is small."""
+    model = make_model(tmp_path / "model", "qwen2", tied=True, num_blocks=16)
+    adapter = make_adapter(tmp_path / "adapter", model)
+    ids = np.random.default_rng(0).integers(0, 300, 601).astype(np.int32)
+    row = Tokens(ids, np.arange(601) > 560, "a:1", cut=False)
+    peaks = []
+    for grad_checkpoint in (False, True):
+        backend = load_backend(model, name="mlx")
+        backend.attach(adapter.spec, adapter.arrays, grad_checkpoint=grad_checkpoint)
+        backend.step([make_batch([row])], 0.0, [3])()
+        backend.reset_peak_memory()
+        backend.step([make_batch([row])], 0.0, [3])()
+        peaks.append(backend.peak_memory())
+    assert peaks[1] < 0.5 * peaks[0]

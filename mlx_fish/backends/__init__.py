@@ -59,8 +59,11 @@ class Backend(Protocol):
     device: str
     dtype: str
 
-    def attach(self, spec: LoraSpec, arrays: Arrays) -> None:
-        """Put LoRA with these values on the base, and zero optimizer moments."""
+    def attach(self, spec: LoraSpec, arrays: Arrays, *, grad_checkpoint: bool = False) -> None:
+        """Put LoRA with these values on the base, and zero optimizer moments.
+
+        With `grad_checkpoint` a block's activations are computed again in the backward pass instead of being kept.
+        """
         ...
 
     def use_adapter(self, enabled: bool) -> None:
@@ -174,6 +177,12 @@ def load_backend(
     from mlx_fish.backends.mlx import MlxBackend
 
     return MlxBackend(folder, notice)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a framework failed for want of memory, where it can say so (Metal ends the process instead)."""
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in words or "unable to allocate" in words
 
 
 def _installed(backend: str) -> bool:

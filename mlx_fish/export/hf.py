@@ -3,48 +3,71 @@
 The format: https://huggingface.co/docs/transformers. Knows nothing about LoRA, nor where the folder will finally lie.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mlx_fish.export import MergedModel
 from mlx_fish.files import write_json, write_text
 from mlx_fish.model_folder import RECORD, copy_tokenizer
-from mlx_fish.tensors import SHARD_BYTES, write_shards
+from mlx_fish.tensors import DTYPES, SHARD_BYTES, Float32, ShardWriter, Slot, decode, encode, encoded_pieces
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
 
 
-def write(
-    folder: Path,
-    model: MergedModel,
-    *,
-    dtype: str,
-    card: str,
-    record: Mapping[str, Any],
-    shard_bytes: int = SHARD_BYTES,
-    progress: Callable[[int], None] = lambda num_bytes: None,
-) -> int:
-    """Write weights, configs, tokenizer, template and model card into an empty folder.
+class HfWriter:
+    """Writes weights, configs, tokenizer, template and model card into an empty folder; see `mlx_fish.export.Writer`."""
 
-    Args:
-        dtype: float32, float16 or bfloat16, the stored type of every tensor.
-        card: README.md.
-        record: mlx_fish.json, what the folder came from.
-        progress: called with the bytes written after each tensor.
+    def __init__(
+        self,
+        folder: Path,
+        model: MergedModel,
+        *,
+        dtype: str,
+        card: str,
+        record: Mapping[str, Any],
+        shard_bytes: int = SHARD_BYTES,
+    ):
+        """Write all but the weights.
 
-    Returns:
-        the bytes of all tensors together.
+        Args:
+            dtype: float32, float16 or bfloat16, the stored type of every tensor.
+            card: README.md.
+            record: mlx_fish.json, what the folder came from.
 
-    Raises:
-        FishError: no tokenizer, or a value too large for float16.
-    """
+        Raises:
+            FishError: no tokenizer.
+        """
+        self.dtype = dtype
+        slots = [Slot(name, DTYPES[dtype][0], shape) for name, shape in model.shapes.items()]
+        self._shards = ShardWriter(folder, slots, shard_bytes=shard_bytes)
+        self.num_bytes = self._shards.num_bytes
+        write_beside(folder, model, stored_config(model.config, dtype), card=card, record=record)
+
+    def put(self, name: str, array: Float32) -> int:
+        """Raises FishError for a value too large for float16."""
+        slot = self._shards.put(encoded_pieces(array, self.dtype, name))
+        assert (slot.name, slot.shape) == (name, array.shape), (slot, name, array.shape)
+        return slot.num_bytes
+
+    def as_read(self, name: str, array: Float32) -> Float32:
+        if self.dtype == "float32":
+            return array
+        return decode(encode(array, self.dtype, name), DTYPES[self.dtype][0]).reshape(array.shape)
+
+    def close(self) -> None:
+        self._shards.close()
+
+
+def write_beside(
+    folder: Path, model: MergedModel, config: Mapping[str, Any], *, card: str, record: Mapping[str, Any]
+) -> None:
+    """What lies beside the weights."""
     copy_tokenizer(model.tokenizer_folder, folder, chat_template=model.chat_template)
-    write_json(folder / "config.json", stored_config(model.config, dtype))
+    write_json(folder / "config.json", dict(config))
     write_json(folder / "generation_config.json", dict(model.generation_config))
     write_text(folder / "README.md", card)
     write_json(folder / RECORD, dict(record))
-    return write_shards(folder, model.shapes, model.read, dtype=dtype, shard_bytes=shard_bytes, progress=progress)
 
 
 def stored_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

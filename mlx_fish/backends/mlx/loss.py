@@ -17,6 +17,8 @@ import mlx_fish.backends.mlx.runtime  # noqa: F401  isort: skip
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_fish.backends.mlx.activations import exp
+
 CHUNK_BYTES = 32 << 20  # of float32 logits held at a time
 MIN_CHUNK = 1024
 
@@ -84,10 +86,8 @@ class Head:
         )
 
 
-def token_losses(
-    head: Head, hidden: mx.array, targets: mx.array, chunk: int | None = None
-) -> tuple[mx.array, mx.array]:
-    """Cross-entropy of each row, and its gradient to the hidden states.
+def token_losses(head: Head, hidden: mx.array, targets: mx.array, chunk: int | None = None) -> mx.array:
+    """Cross-entropy of each row.
 
     Args:
         hidden: (N, D), any float type.
@@ -95,31 +95,41 @@ def token_losses(
         chunk: vocabulary entries at a time; default: what CHUNK_BYTES allows.
 
     Returns:
-        losses (N,) float32 in nats, and dloss_i/dh_i (N, D) float32. Evaluating only the first computes only the first.
+        (N,) float32, in nats.
     """
+    return _one_pass(head, hidden, targets, chunk, with_gradients=False)[0]
+
+
+def token_losses_and_gradients(
+    head: Head, hidden: mx.array, targets: mx.array, chunk: int | None = None
+) -> tuple[mx.array, mx.array]:
+    """As `token_losses`, and dloss_i/dh_i (N, D) float32."""
+    return _one_pass(head, hidden, targets, chunk, with_gradients=True)
+
+
+def _one_pass(
+    head: Head, hidden: mx.array, targets: mx.array, chunk: int | None, *, with_gradients: bool
+) -> tuple[mx.array, mx.array]:
+    """The losses, and R / s - W_target where it is wanted (else a scalar 0)."""
     chunk = chunk or max(MIN_CHUNK, CHUNK_BYTES // (4 * hidden.shape[0]))
-    top: mx.array | None = None
+    top = mx.full((hidden.shape[0], 1), -mx.inf)
     total = mx.zeros((hidden.shape[0], 1))
-    blend = mx.zeros(hidden.shape)
+    blend = mx.zeros(hidden.shape) if with_gradients else mx.array(0.0)
     for start in range(0, head.vocab_size, chunk):
         stop = min(start + chunk, head.vocab_size)
         # Without this, the scheduler may compute many chunks' logits before it folds the first one in.
-        rows = hidden if top is None else mx.depends(hidden, [total, blend] if start else [total])
+        rows = mx.depends(hidden, [total, blend]) if start else hidden
         logits = head.logits(rows, start, stop)
-        highest = logits.max(axis=-1, keepdims=True)
-        new_top = highest if top is None else mx.maximum(top, highest)
-        factors = mx.exp(logits - new_top)
-        if top is not None:
-            decay = mx.exp(top - new_top)
-            total, blend = total * decay, blend * decay
-        total = total + factors.sum(axis=-1, keepdims=True)
-        blend = blend + head.weighted_rows(factors, start, stop, hidden.dtype)
+        new_top = mx.maximum(top, logits.max(axis=-1, keepdims=True))
+        factors, decay = exp(logits - new_top), exp(top - new_top)
+        total = total * decay + factors.sum(axis=-1, keepdims=True)
+        if with_gradients:
+            blend = blend * decay + head.weighted_rows(factors, start, stop, hidden.dtype)
         top = new_top
-    assert top is not None
     target_rows = head.rows(targets)
     target_logits = (hidden.astype(mx.float32) * target_rows).sum(axis=-1)
     losses = top[:, 0] + mx.log(total[:, 0]) - target_logits
-    return losses, blend / total - target_rows
+    return losses, blend / total - target_rows if with_gradients else blend
 
 
 def make_loss(head: Head, chunk: int | None = None) -> Callable[[mx.array, mx.array], mx.array]:
@@ -127,7 +137,7 @@ def make_loss(head: Head, chunk: int | None = None) -> Callable[[mx.array, mx.ar
 
     @mx.custom_function
     def losses(hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-        return token_losses(head, hidden, targets, chunk)
+        return token_losses_and_gradients(head, hidden, targets, chunk)
 
     @losses.vjp
     def losses_vjp(

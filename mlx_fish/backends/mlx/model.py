@@ -5,9 +5,10 @@ from collections.abc import Callable
 import mlx_fish.backends.mlx.runtime as runtime  # isort: skip
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.utils import load_model as load_mlx_lm_model
 
+from mlx_fish.backends.mlx.activations import SwiGluMlp
 from mlx_fish.blas import MISSING
 from mlx_fish.errors import FishError
 from mlx_fish.model_folder import ModelFolder
@@ -32,7 +33,11 @@ def load_model(folder: ModelFolder, notice: Callable[[str], None]) -> tuple[nn.M
                 model.parameters(),
             )
         )
-    mx.eval(model.parameters())
+    for block in model.model.layers:
+        block.mlp = SwiGluMlp(block.mlp)
+    for _, array in tree_flatten(model.parameters()):
+        mx.eval(array)  # one by one, so that two copies of a model are never held at once
+    mx.clear_cache()
     model.freeze()
     return model, _activation_dtype(model)
 

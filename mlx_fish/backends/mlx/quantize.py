@@ -8,10 +8,15 @@ from typing import Any
 
 import mlx_fish.backends.mlx.runtime as runtime  # isort: skip  # noqa: F401
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.utils import load_model, quantize_model, save_model
 
 from mlx_fish.errors import FishError
+from mlx_fish.tensors import Float32
+
+_ROWS = 4096  # quantised at a time: bounds what MLX holds of an embedding
 
 
 def quantize_folder(
@@ -56,3 +61,19 @@ def quantize_folder(
     save_model(target, model)
     found: dict[str, Any] = quantized
     return found
+
+
+def quantize_rows(
+    array: Float32, *, group_size: int, bits: int, dtype: str
+) -> tuple[npt.NDArray[np.uint32], Float32, Float32]:
+    """One matrix (out, in) -> (packed (out, in * bits / 32), scales, biases (out, in / group_size)).
+
+    The values are cast to `dtype` first, as mlx-lm does, so that scales and biases are exact in that type.
+    """
+    parts = []
+    for start in range(0, array.shape[0], _ROWS):
+        rows = mx.array(array[start : start + _ROWS]).astype(getattr(mx, dtype))
+        packed, scales, biases = mx.quantize(rows, group_size=group_size, bits=bits)
+        parts.append((np.array(packed), np.array(scales.astype(mx.float32)), np.array(biases.astype(mx.float32))))
+    packed_parts, scale_parts, bias_parts = zip(*parts, strict=True)
+    return np.concatenate(packed_parts), np.concatenate(scale_parts), np.concatenate(bias_parts)

@@ -5,6 +5,7 @@ and nothing hidden.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import mlx_fish.backends.mlx.runtime  # noqa: F401  isort: skip
@@ -13,6 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_fish.backends import StepResult
+from mlx_fish.backends.mlx.checkpointing import checkpointed
 from mlx_fish.backends.mlx.lora import LoraLayers
 from mlx_fish.backends.mlx.loss import Head, make_loss, token_losses
 from mlx_fish.batches import Batch
@@ -33,9 +35,10 @@ class State:
 class Step:
     """The update and the evaluation of one model with one set of LoRA layers."""
 
-    def __init__(self, model: nn.Module, layers: LoraLayers):
+    def __init__(self, model: nn.Module, layers: LoraLayers, *, grad_checkpoint: bool = False):
         self.model = model
         self.layers = layers
+        self.grad_checkpoint = grad_checkpoint
         self.head = Head.of(model)
         self.losses = make_loss(self.head)
         self._update_one = mx.compile(self._gradient_and_update)
@@ -67,7 +70,7 @@ class Step:
     def evaluate(self, batch: Batch) -> float:
         """Summed loss over the batch, with the matrices bound to the layers at present."""
         self._check_range(batch)
-        losses, _ = token_losses(
+        losses = token_losses(
             self.head, self._hidden(mx.array(batch.inputs), mx.array(batch.positions)), mx.array(batch.targets)
         )
         return _number((losses * mx.array(batch.weights)).sum())
@@ -94,7 +97,9 @@ class Step:
 
         def loss_of(matrices: list[mx.array]) -> mx.array:
             self.layers.bind(matrices, key)
-            return (self.losses(self._hidden(inputs, positions), targets) * weights).sum()
+            with checkpointed(self.model) if self.grad_checkpoint else nullcontext():
+                hidden = self._hidden(inputs, positions)
+            return (self.losses(hidden, targets) * weights).sum()
 
         # By matrix, not by vector: the gradient of a slice would be a vector of zeros for each of 336 slices.
         loss, gradients = mx.value_and_grad(loss_of)(self.layers.split(flat))

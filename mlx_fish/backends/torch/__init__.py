@@ -14,6 +14,7 @@ from mlx_fish.backends.torch.lora import LoraLayers
 from mlx_fish.backends.torch.model import choose_device, load_model
 from mlx_fish.backends.torch.step import Step, evaluate
 from mlx_fish.batches import Batch
+from mlx_fish.errors import FishError
 from mlx_fish.model_folder import ModelFolder
 
 __all__ = ["TorchBackend"]
@@ -32,11 +33,15 @@ class TorchBackend:
         self._layers: LoraLayers | None = None
         self._step: Step | None = None
 
-    def attach(self, spec: LoraSpec, arrays: Arrays) -> None:
+    def attach(self, spec: LoraSpec, arrays: Arrays, *, grad_checkpoint: bool = False) -> None:
+        if grad_checkpoint and spec.dropout:
+            raise FishError(
+                "--grad-checkpoint with --lora-dropout would draw other masks when torch computes a block again; leave one of them out."
+            )
         if self._layers is not None:
             self._layers.remove()
         self._layers = LoraLayers(self.model, spec, arrays)
-        self._step = Step(self.model, self._layers)
+        self._step = Step(self.model, self._layers, grad_checkpoint=grad_checkpoint)
 
     def use_adapter(self, enabled: bool) -> None:
         if self._layers is not None:

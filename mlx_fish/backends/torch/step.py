@@ -1,6 +1,7 @@
 """One optimizer update: forward, loss over supervised positions, backward, clip, AdamW."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,12 +73,28 @@ def evaluate(model: nn.Module, batch: Batch) -> float:
     return sum(summed_loss(model, piece).item() for piece in pieces(batch, limit))
 
 
+@contextmanager
+def checkpointed(model: nn.Module) -> Iterator[None]:
+    """Within the block of a `with`, transformer blocks keep their input alone and are computed again in the backward pass."""
+    blocks = model.model.layers
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for block in blocks:
+        block.training = True  # transformers asks the block alone; what lies inside stays without dropout of its own
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.training = False
+        model.gradient_checkpointing_disable()
+
+
 class Step:
     """The update of one model with one set of LoRA layers, and AdamW's state."""
 
-    def __init__(self, model: nn.Module, layers: LoraLayers):
+    def __init__(self, model: nn.Module, layers: LoraLayers, *, grad_checkpoint: bool = False):
         self.model = model
         self.layers = layers
+        self.grad_checkpoint = grad_checkpoint
         self.optimizer = torch.optim.AdamW([layers.master], lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=0.0)
 
     def __call__(
@@ -88,7 +105,7 @@ class Step:
         limit = POSITIONS_AT_A_TIME[self.layers.master.device.type]
         loss, gradient = 0.0, torch.zeros_like(self.layers.master)
         for batch, seed in zip(batches, dropout_seeds, strict=True):
-            with self.layers.dropout(seed):
+            with self.layers.dropout(seed), checkpointed(self.model) if self.grad_checkpoint else nullcontext():
                 for piece in pieces(batch, limit):
                     share = summed_loss(self.model, piece) / num_supervised
                     gradient += self.layers.gradient(share)

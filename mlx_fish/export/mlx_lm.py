@@ -1,0 +1,138 @@
+"""mlx-lm's own forms: a folder whose matrices MLX quantised, and an adapter in its layout.
+
+Without quantisation a Hugging Face folder is what mlx-lm reads (`hf.py`). Only quantising needs MLX.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_fish.adapter import Adapter, block_of, key_a, key_b
+from mlx_fish.errors import FishError
+from mlx_fish.export import MergedModel
+from mlx_fish.export.hf import stored_config, write_beside
+from mlx_fish.files import write_json
+from mlx_fish.tensors import (
+    DTYPES,
+    SHARD_BYTES,
+    Float32,
+    ShardWriter,
+    Slot,
+    decode,
+    encode,
+    encoded_pieces,
+    write_safetensors,
+)
+
+
+class QuantizedWriter:
+    """Quantises each matrix as mlx-lm does (affine, also the embedding); see `mlx_fish.export.Writer`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        model: MergedModel,
+        *,
+        dtype: str,
+        bits: int,
+        group_size: int,
+        card: str,
+        record: Mapping[str, Any],
+        shard_bytes: int = SHARD_BYTES,
+    ):
+        """Raises FishError when MLX is missing or a matrix has no whole groups."""
+        try:
+            from mlx_fish.backends.mlx.quantize import quantize_rows
+        except ImportError as error:
+            raise FishError(
+                f"quantising for mlx-lm needs MLX ({error}); run `pip install 'mlx-fish[mlx]'`, or leave --mlx-bits out."
+            ) from error
+        self._quantize_rows = quantize_rows
+        self.dtype = f"{dtype} in {bits} bits"
+        self._float, self._bits, self._group_size = dtype, bits, group_size
+        slots = [slot for name, shape in model.shapes.items() for slot in self._slots(name, shape)]
+        self._shards = ShardWriter(folder, slots, shard_bytes=shard_bytes)
+        self.num_bytes = self._shards.num_bytes
+        quantization = {"group_size": group_size, "bits": bits, "mode": "affine"}
+        config = {
+            **stored_config(model.config, dtype),
+            "quantization": quantization,
+            "quantization_config": quantization,
+        }
+        write_beside(folder, model, config, card=card, record=record)
+
+    def put(self, name: str, array: Float32) -> int:
+        if array.ndim != 2:
+            return self._shards.put(encoded_pieces(array, self._float, name)).num_bytes
+        packed, scales, biases = self._quantize_rows(
+            array, group_size=self._group_size, bits=self._bits, dtype=self._float
+        )
+        size = self._shards.put([packed.tobytes()]).num_bytes
+        for part, values in (("scales", scales), ("biases", biases)):
+            size += self._shards.put(encoded_pieces(values, self._float, f"{name} {part}")).num_bytes
+        return size
+
+    def as_read(self, name: str, array: Float32) -> Float32:
+        if array.ndim != 2:
+            return decode(encode(array, self._float, name), DTYPES[self._float][0]).reshape(array.shape)
+        from mlx_fish.backends.mlx.dequantize import dequantize
+
+        sizes = {"group_size": self._group_size, "bits": self._bits}
+        packed, scales, biases = self._quantize_rows(array, dtype=self._float, **sizes)
+        return dequantize(packed, scales, biases, **sizes)
+
+    def close(self) -> None:
+        self._shards.close()
+
+    def _slots(self, name: str, shape: tuple[int, ...]) -> list[Slot]:
+        stored = DTYPES[self._float][0]
+        if len(shape) != 2:
+            return [Slot(name, stored, shape)]
+        rows, columns = shape
+        if columns % self._group_size:
+            raise FishError(
+                f"{name} has {columns} inputs, no multiple of the group size {self._group_size}; leave --mlx-bits out."
+            )
+        module, groups = name.removesuffix(".weight"), columns // self._group_size
+        return [
+            Slot(name, "U32", (rows, columns * self._bits // 32)),
+            Slot(f"{module}.scales", stored, (rows, groups)),
+            Slot(f"{module}.biases", stored, (rows, groups)),
+        ]
+
+
+def write_mlx_adapter(folder: Path, adapter: Adapter, model: MergedModel) -> int:
+    """`adapters.safetensors` and `adapter_config.json` as mlx-lm loads them; returns the bytes of the tensors.
+
+    mlx-lm knows one rank and one scale: smaller matrices are padded with zeros, other scales go into lora_b. It counts
+    adapted blocks from the last one.
+    """
+    assert not adapter.magnitudes, "refused before"
+    spec = adapter.spec
+    rank = max(spec.ranks.values())
+    scales = set(spec.scales.values())
+    scale = scales.pop() if len(scales) == 1 else 1.0
+    arrays: dict[str, Float32] = {}
+    for module in spec.layers:
+        a, b = adapter.arrays[key_a(module)], adapter.arrays[key_b(module)]
+        extra = rank - spec.ranks[module]
+        if len(set(spec.scales.values())) > 1:
+            b = b * np.float32(spec.scales[module])
+        arrays[f"{module}.lora_a"] = np.ascontiguousarray(np.pad(a, ((0, extra), (0, 0))).T)
+        arrays[f"{module}.lora_b"] = np.ascontiguousarray(np.pad(b, ((0, 0), (0, extra))).T)
+    config = {
+        "model": model.base_name,
+        "fine_tune_type": "lora",
+        "num_layers": int(model.config["num_hidden_layers"]) - min(block_of(module) for module in spec.layers),
+        "lora_parameters": {
+            "rank": rank,
+            "scale": scale,
+            "dropout": spec.dropout,
+            "keys": sorted({module.split(".", 3)[3] for module in spec.layers}),
+        },
+    }
+    write_json(folder / "adapter_config.json", config)
+    write_safetensors(folder / "adapters.safetensors", arrays, {"format": "mlx"})
+    return sum(array.nbytes for array in arrays.values())

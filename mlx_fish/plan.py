@@ -1,0 +1,136 @@
+"""All that is decided before a model loads: rows as tokens, layers to adapt, the number of updates. Loads a tokenizer, no model."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from mlx_fish.adapter import LoraSpec, choose_layers
+from mlx_fish.batches import Updates, padding_share
+from mlx_fish.config import TrainConfig
+from mlx_fish.data import Dataset, Example, Mistakes
+from mlx_fish.errors import FishError
+from mlx_fish.model_folder import ModelFolder
+from mlx_fish.report import say
+from mlx_fish.template import Template, TemplateTimeoutError, Tokens, choose_template, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is decided before a model loads.
+
+    Attributes:
+        rows, valid_rows: the rows trained on, and those of each validation.
+        skipped: broken rows left out (`--skip-bad-rows`).
+        num_blocks: the model's blocks, adapted or not.
+    """
+
+    config: TrainConfig
+    folder: ModelFolder
+    dataset: Dataset
+    template: Template
+    rows: list[Tokens]
+    valid_rows: list[Tokens]
+    spec: LoraSpec
+    updates: Updates
+    iters: int
+    num_blocks: int
+    skipped: Mistakes
+
+    @cached_property
+    def digest(self) -> str:
+        """A sha256 over the ids and masks of all rows, in order: what data, tokenizer and template come to."""
+        digest = hashlib.sha256()
+        for row in self.rows + self.valid_rows:
+            digest.update(
+                len(row.ids).to_bytes(4, "little") + row.ids.astype("<i4").tobytes() + row.supervised.tobytes()
+            )
+        return digest.hexdigest()
+
+
+def make_plan(config: TrainConfig, folder: ModelFolder, dataset: Dataset) -> Plan:
+    """Tokenise, choose the layers and count the updates. Loads a tokenizer, no model.
+
+    Raises:
+        FishError: settings that do not fit the model, or rows that the template or the length limit cannot take, told together.
+    """
+    layers = choose_layers(folder.linear_layers, target=config.lora_target, num_layers=config.num_layers)
+    tokenizer = load_tokenizer(folder)
+    template = choose_template(config.template, tokenizer, folder)
+    skipped = replace(dataset.skipped, first=list(dataset.skipped.first))
+    rows = _tokenise(dataset.splits["train"], template, config, skipped)
+    valid_rows = _tokenise(dataset.splits["valid"], template, config, skipped)
+    if not config.skip_bad_rows:
+        skipped.refuse()
+    if not rows:
+        raise FishError(
+            f"--data {config.data} has no training rows (a single file is split 80/10/10 by content); add rows."
+        )
+    updates = Updates(rows, batch_size=config.batch_size, accumulation=config.grad_accumulation, seed=config.seed)
+    iters = config.iters or max(1, math.ceil(config.epochs * updates.per_epoch))
+    limit = config.eval_rows or (
+        len(valid_rows) if iters >= updates.per_epoch else max(4, len(valid_rows) * iters // updates.per_epoch)
+    )
+    return Plan(
+        config=config,
+        folder=folder,
+        dataset=dataset,
+        template=template,
+        rows=rows,
+        valid_rows=valid_rows[:limit],
+        spec=LoraSpec.uniform(layers, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout),
+        updates=updates,
+        iters=iters,
+        num_blocks=1 + max(int(module.split(".")[2]) for module in folder.linear_layers),
+        skipped=skipped,
+    )
+
+
+def _tokenise(examples: Sequence[Example], template: Template, config: TrainConfig, mistakes: Mistakes) -> list[Tokens]:
+    rows = []
+    for example in examples:
+        try:
+            rows.append(template.tokens(example, config.max_seq_length))
+        except TemplateTimeoutError:
+            raise
+        except FishError as error:
+            mistake = str(error)
+            mistakes.add(mistake if mistake.startswith(example.where) else f"{example.where}: {mistake}")
+    return rows
+
+
+def describe(plan: Plan) -> None:
+    """Say what is trained on what."""
+    parameters, trainable = plan.folder.num_parameters, plan.spec.num_parameters
+    tokens = sum(len(row.ids) for row in plan.rows)
+    supervised = sum(row.num_supervised for row in plan.rows)
+    padding = padding_share(plan.updates, min(plan.iters, plan.updates.per_epoch))
+    cut = [row.where for row in plan.rows + plan.valid_rows if row.cut]
+    config = plan.config
+    say(f"  model       {plan.folder.name}, {parameters / 1e6:.1f} M parameters")
+    say(
+        f"  adapter     LoRA rank {config.lora_rank}, alpha {config.lora_alpha:g}, on {len(plan.spec.layers)} layers: "
+        f"{trainable / 1e6:.2f} M trainable ({trainable / parameters:.2%})"
+    )
+    say(
+        f"  data        {plan.dataset.name}: {len(plan.rows)} training rows, {len(plan.valid_rows)} for validation "
+        f"(of {len(plan.dataset.splits['valid'])}), template {plan.template.name}"
+    )
+    say(f"  tokens      {tokens:,} ({supervised / tokens:.0%} supervised), {padding:.1%} padding")
+    say(
+        f"  run         {plan.iters} updates of {config.batch_size} x {config.grad_accumulation} rows "
+        f"({plan.iters / plan.updates.per_epoch:.2f} epochs), learning rate {config.learning_rate:g}, {config.schedule}"
+    )
+    if cut:
+        say(
+            f"! {len(cut)} rows are longer than --max-seq-length {config.max_seq_length} and were cut, without an end token: {', '.join(cut[:3])}{'…' if len(cut) > 3 else ''}"
+        )
+    if plan.skipped.count:
+        say(f"! {plan.skipped.count} broken rows are left out; the first: {plan.skipped.first[0]}")
+    if not plan.valid_rows:
+        say("! no validation rows: the data set is too small to hold some out")
+
+
+def end_ids(plan: Plan) -> tuple[int, ...]:
+    return tuple(dict.fromkeys((plan.template.end_token_id, *plan.folder.end_token_ids)))

@@ -1,0 +1,16 @@
+"""Twenty kills at random moments (`scripts/kill_resume.py` does more)."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "kill_resume.py"
+
+
+def test_twenty_kills_at_random_moments(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "20"], capture_output=True, text=True, cwd=tmp_path, timeout=1500, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("seed 1: 20 kills")
+    assert "equal to the bit" in done.stdout
