@@ -1,6 +1,7 @@
 """What several tests share. torch is imported before OpenBLAS is loaded, and OpenBLAS before anything imports mlx."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,10 @@ from mlx_fish.blas import load_openblas
 load_openblas()
 
 ROOT = Path(__file__).parent.parent
+
+# A shell's background job ignores SIGINT, `nohup` SIGHUP, and so would every program that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 BACKENDS = ("mlx", "torch")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -51,7 +50,6 @@ def in_child(work: Callable[[], Any], errors: Path = Path(os.devnull)) -> int:
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     code = 1
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under `nohup`
     os.fsync = lambda handle: None  # a killed process loses nothing that it wrote, and a disk takes its time
     try:
         handle = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
