@@ -45,7 +45,7 @@ REAL = {
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_new_processes_end_equal_to_one_that_was_never_stopped(tmp_path, name):
+def test_new_processes_end_equal_to_one_that_was_never_stopped(tmp_path, name, backend_name):
     settings, stops = REAL[name]
     write_rows(tmp_path / "rows.jsonl")
     begin = ["train", "--model", "tiny", "--data", "rows.jsonl", "--iters", 9, "--learning-rate", "1e-3", *settings]

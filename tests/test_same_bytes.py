@@ -43,7 +43,7 @@ except SystemExit as stop:
 """
 
 
-def test_the_environment_changes_no_byte(tmp_path):
+def test_the_environment_changes_no_byte(tmp_path, backend_name):
     results = []
     for number, environment in enumerate(
         [
