@@ -56,6 +56,19 @@ def test_large_logits_do_not_overflow():
     assert np.isfinite(np.array(gradient)).all()
 
 
+def test_the_tail_of_a_large_vocabulary_is_counted():
+    """Added up one by one in float32, 150,000 small probabilities beside a large one are lost to rounding."""
+    generator = np.random.default_rng(7)
+    weight = generator.normal(size=(150_000, D)).astype(np.float32)
+    hidden = generator.normal(size=(4, D)).astype(np.float32) / 8
+    weight[0] = hidden[0] * (16 / (hidden[0] @ hidden[0]))
+    hidden[1:] = hidden[0] + hidden[1:] / 100
+    targets = np.array([5, 70_000, 0, 149_999], np.int32)
+    expected, _ = reference(hidden, weight, targets)
+    losses = token_losses(Head(mx.array(weight)), mx.array(hidden), mx.array(targets))
+    np.testing.assert_allclose(np.array(losses), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_head(bits):
     packed, scales, biases = mx.quantize(mx.array(WEIGHT), group_size=64, bits=bits)

@@ -17,7 +17,7 @@ import mlx_fish.backends.mlx.runtime  # noqa: F401  isort: skip
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_fish.backends.mlx.activations import exp
+from mlx_fish.backends.mlx.activations import exp, row_sums
 
 CHUNK_BYTES = 32 << 20  # of float32 logits held at a time
 MIN_CHUNK = 1024
@@ -122,7 +122,7 @@ def _one_pass(
         logits = head.logits(rows, start, stop)
         new_top = mx.maximum(top, logits.max(axis=-1, keepdims=True))
         factors, decay = exp(logits - new_top), exp(top - new_top)
-        total = total * decay + factors.sum(axis=-1, keepdims=True)
+        total = total * decay + row_sums(factors)
         if with_gradients:
             blend = blend * decay + head.weighted_rows(factors, start, stop, hidden.dtype)
         top = new_top
