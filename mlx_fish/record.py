@@ -11,63 +11,63 @@ from mlx_fish import __version__
 from mlx_fish.adapter import RUN_FILE, peft_config
 from mlx_fish.data import Example
 from mlx_fish.files import write_json
+from mlx_fish.job import Job, end_ids
 from mlx_fish.model_folder import copy_tokenizer
-from mlx_fish.plan import Plan, end_ids
 
 
-def adapter_config(plan: Plan) -> dict[str, Any]:
+def adapter_config(job: Job) -> dict[str, Any]:
     """adapter_config.json of the run's adapter."""
     return peft_config(
-        plan.spec,
-        rank=plan.config.lora_rank,
-        alpha=plan.config.lora_alpha,
-        num_blocks=plan.num_blocks,
-        base=plan.folder.name,
-        revision=plan.folder.revision,
+        job.spec,
+        rank=job.config.lora_rank,
+        alpha=job.config.lora_alpha,
+        num_blocks=job.num_blocks,
+        base=job.folder.name,
+        revision=job.folder.revision,
     )
 
 
-def write_run(plan: Plan, output: Path, results: dict[str, Any]) -> None:
+def write_run(job: Job, output: Path, results: dict[str, Any]) -> None:
     """run.json, the tokenizer and the generation config: all that `generate`, `evaluate` and `fuse` need to know.
 
     run.json comes first: by it a folder is known as a run, however soon that is killed.
     """
-    write_json(output / RUN_FILE, run_record(plan, results))
-    copy_tokenizer(plan.folder.path, output, chat_template=plan.template.jinja)
-    generation = {**plan.folder.generation_config, "eos_token_id": list(end_ids(plan))}
+    write_json(output / RUN_FILE, run_record(job, results))
+    copy_tokenizer(job.folder.path, output, chat_template=job.template.jinja)
+    generation = {**job.folder.generation_config, "eos_token_id": list(end_ids(job))}
     write_json(output / "generation_config.json", generation)
 
 
-def run_record(plan: Plan, results: dict[str, Any]) -> dict[str, Any]:
+def run_record(job: Job, results: dict[str, Any]) -> dict[str, Any]:
     """What run.json holds."""
     return {
         "version": __version__,
         "python": sys.version.split()[0],
         "machine": f"{platform.system()} {platform.machine()}",
         "packages": _versions("numpy", "transformers", "mlx", "mlx-lm", "torch", "peft"),
-        "settings": dataclasses.asdict(plan.config),
-        "iters": plan.iters,
+        "settings": dataclasses.asdict(job.config),
+        "iters": job.iters,
         "base": {
-            "name": plan.folder.name,
-            "path": str(plan.folder.path.resolve()),
-            "revision": plan.folder.revision,
-            "fingerprint": plan.folder.fingerprint,
-            "dtype": plan.folder.weights.dtype,
-            "quantization": plan.folder.quantization,
+            "name": job.folder.name,
+            "path": str(job.folder.path.resolve()),
+            "revision": job.folder.revision,
+            "fingerprint": job.folder.fingerprint,
+            "dtype": job.folder.weights.dtype,
+            "quantization": job.folder.quantization,
         },
         "template": {
-            "name": plan.template.name,
-            "end_token_id": plan.template.end_token_id,
-            "system": shared_system(plan.dataset.splits["train"]),
+            "name": job.template.name,
+            "end_token_id": job.template.end_token_id,
+            "system": shared_system(job.dataset.splits["train"]),
         },
         "data": {
-            "name": plan.dataset.name,
-            "sha256": plan.dataset.hashes,
-            "tokens_sha256": plan.digest,
-            "rows": len(plan.rows),
-            "validation_rows": len(plan.valid_rows),
-            "skipped_rows": plan.skipped.count,
-            "splits": {split: len(rows) for split, rows in plan.dataset.splits.items()},
+            "name": job.dataset.name,
+            "sha256": job.dataset.hashes,
+            "tokens_sha256": job.digest,
+            "rows": len(job.rows),
+            "validation_rows": len(job.valid_rows),
+            "skipped_rows": job.skipped.count,
+            "splits": {split: len(rows) for split, rows in job.dataset.splits.items()},
         },
         "results": results,
     }

@@ -14,8 +14,8 @@ from mlx_fish.checkpoint import Checkpoint, checkpoints, damage, find_checkpoint
 from mlx_fish.config import TrainConfig, flag_name
 from mlx_fish.errors import FishError
 from mlx_fish.hub import find_model
+from mlx_fish.job import Job
 from mlx_fish.model_folder import ModelFolder
-from mlx_fish.plan import Plan
 from mlx_fish.report import say
 from mlx_fish.run_folder import CHECKPOINTS, DEFAULT_OUTPUT
 
@@ -138,11 +138,11 @@ def base_of(point: Point, settings: dict[str, Any]) -> ModelFolder:
     return ModelFolder(path, base["name"], base["revision"])  # the name as it was: it stands in the adapter's config
 
 
-def check_same(point: Point, plan: Plan, record: dict[str, Any]) -> None:
-    """The plan continues the run: the same rows, base and layers, and no fewer updates.
+def check_same(point: Point, job: Job, record: dict[str, Any]) -> None:
+    """The job continues the run: the same rows, base and layers, and no fewer updates.
 
     Args:
-        record: what run.json would hold for the plan.
+        record: what run.json would hold for the job.
 
     Raises:
         FishError: naming everything that has changed.
@@ -156,16 +156,16 @@ def check_same(point: Point, plan: Plan, record: dict[str, Any]) -> None:
     if not changes and old["data"]["tokens_sha256"] != new["data"]["tokens_sha256"]:
         changes.append("the rows come to other tokens (the tokenizer, its template or dataset_info.json has changed)")
     if any(old["base"].get(key) != new["base"][key] for key in ("fingerprint", "dtype", "quantization")):
-        changes.append(f"the base model {plan.folder.name} is not the same as before")
-    if plan.iters < old["iters"]:
-        changes.append(f"{plan.iters} updates (it was {old['iters']}, which can be raised but not lowered)")
+        changes.append(f"the base model {job.folder.name} is not the same as before")
+    if job.iters < old["iters"]:
+        changes.append(f"{job.iters} updates (it was {old['iters']}, which can be raised but not lowered)")
     if changes:
         raise _changed(point, changes)
-    if plan.iters > old["iters"] and plan.config.schedule != "constant":
+    if job.iters > old["iters"] and job.config.schedule != "constant":
         say(
-            f"! {old['iters']} updates became {plan.iters}: from here on the learning rate is that of a run of {plan.iters}"
+            f"! {old['iters']} updates became {job.iters}: from here on the learning rate is that of a run of {job.iters}"
         )
-    if old["settings"].get("backend") != plan.config.backend or any(
+    if old["settings"].get("backend") != job.config.backend or any(
         old[key] != new[key] for key in ("packages", "machine")
     ):
         say(
@@ -173,15 +173,15 @@ def check_same(point: Point, plan: Plan, record: dict[str, Any]) -> None:
         )
 
 
-def check_arrays(point: Point, plan: Plan) -> None:
-    """The checkpoint's tensors are those of the plan's adapter and of its moments.
+def check_arrays(point: Point, job: Job) -> None:
+    """The checkpoint's tensors are those of the job's adapter and of its moments.
 
     Raises:
         FishError: some other tensors lie there.
     """
     if point.checkpoint is None:
         return
-    expected = plan.spec.shapes
+    expected = job.spec.shapes
     moments = {f"{moment}.{name}": shape for moment in "mv" for name, shape in expected.items()}
     if _shapes(point.checkpoint.adapter) != expected or _shapes(point.checkpoint.optimizer) != moments:
         raise FishError(f"the checkpoint of step {point.step} in {point.output} does not fit the model; start anew.")

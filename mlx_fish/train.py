@@ -22,8 +22,8 @@ from mlx_fish.data import Dataset, Turn, load_dataset
 from mlx_fish.errors import FishError
 from mlx_fish.files import write_json, write_text
 from mlx_fish.hub import find_model
+from mlx_fish.job import Job, describe, end_ids, make_job
 from mlx_fish.model_card import Tuning, adapter_card, license_of
-from mlx_fish.plan import Plan, describe, end_ids, make_plan
 from mlx_fish.record import adapter_config, run_record, write_run
 from mlx_fish.report import Report, draw, say
 from mlx_fish.resume import NEWEST, Point, base_of, check_arrays, check_same, continued, find_point, place
@@ -53,14 +53,14 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
     check_free(output, overwrite=config.overwrite)
     with catching() as stop:
         dataset = _load_data(config)
-        plan = make_plan(config, find_model(config.model), dataset)
-        describe(plan)
+        job = make_job(config, find_model(config.model), dataset)
+        describe(job)
         if dry_run:
             say("Dry run: nothing was written.")
             return output
         with locked(output):
             check_free(output, overwrite=config.overwrite)  # once more, now that nobody else writes there
-            _carry_out(plan, output, None, stop)
+            _carry_out(job, output, None, stop)
     return output
 
 
@@ -79,19 +79,19 @@ def resume(settings: dict[str, Any], checkpoint: str = NEWEST, *, dry_run: bool 
         point = find_point(output, checkpoint)
         config = continued(point, settings)
         choose_backend(config.backend)
-        plan = make_plan(config, base_of(point, settings), _load_data(config))
-        check_same(point, plan, run_record(plan, {}))
-        check_arrays(point, plan)
-        if point.step >= plan.iters and point.has_results:
+        job = make_job(config, base_of(point, settings), _load_data(config))
+        check_same(point, job, run_record(job, {}))
+        check_arrays(point, job)
+        if point.step >= job.iters and point.has_results:
             clean(output)
-            say(f"{output} is complete: it did its {plan.iters} updates; a higher --iters would train on.")
+            say(f"{output} is complete: it did its {job.iters} updates; a higher --iters would train on.")
             return output
-        describe(plan)
-        say(f"  resuming    after {point.step} of {plan.iters} updates")
+        describe(job)
+        say(f"  resuming    after {point.step} of {job.iters} updates")
         if dry_run:
             say("Dry run: nothing was written.")
         else:
-            _carry_out(plan, output, point, stop)
+            _carry_out(job, output, point, stop)
     return output
 
 
@@ -104,24 +104,24 @@ def _load_data(config: TrainConfig) -> Dataset:
     return dataset
 
 
-def _carry_out(plan: Plan, output: Path, point: Point | None, stop: Stop) -> None:
-    """All that happens once a plan is made and its folder is ours."""
-    check_space(output, num_parameters=plan.spec.num_parameters, num_checkpoints=plan.config.keep + 1)
-    backend = load_backend(plan.folder, lambda text: say(f"! {text}"), name=choose_backend(plan.config.backend))
+def _carry_out(job: Job, output: Path, point: Point | None, stop: Stop) -> None:
+    """All that happens once a job is made and its folder is ours."""
+    check_space(output, num_parameters=job.spec.num_parameters, num_checkpoints=job.config.keep + 1)
+    backend = load_backend(job.folder, lambda text: say(f"! {text}"), name=choose_backend(job.config.backend))
     say(f"  computing   {backend.name} on {backend.device}, {backend.dtype}")
     checkpoint = point.checkpoint if point else None
-    arrays = checkpoint.adapter if checkpoint else initial_arrays(plan.spec, plan.config.seed)
+    arrays = checkpoint.adapter if checkpoint else initial_arrays(job.spec, job.config.seed)
     if point is None:
         prepare(output)
     else:
         clean(output)
-    backend.attach(plan.spec, arrays, grad_checkpoint=plan.config.grad_checkpoint)
+    backend.attach(job.spec, arrays, grad_checkpoint=job.config.grad_checkpoint)
     if checkpoint is not None:
         backend.restore_optimizer(checkpoint.optimizer, checkpoint.step)
-    write_run(plan, output, {})
+    write_run(job, output, {})
     try:
-        results = _run(plan, backend, output, checkpoint.state if checkpoint else {"step": 0}, stop)
-        _close(plan, output, results)
+        results = _run(job, backend, output, checkpoint.state if checkpoint else {"step": 0}, stop)
+        _close(job, output, results)
     except Interrupted:
         say(f"\nTo go on:\n  {resume_command(output)}")
         raise
@@ -149,25 +149,25 @@ def dropout_seeds(seed: int, step: int, count: int) -> list[int]:
     return [int(np.random.SeedSequence([seed, step, number]).generate_state(1)[0]) for number in range(count)]
 
 
-def _run(plan: Plan, backend: Backend, output: Path, state: dict[str, Any], stop: Stop) -> dict[str, Any]:
+def _run(job: Job, backend: Backend, output: Path, state: dict[str, Any], stop: Stop) -> dict[str, Any]:
     """The updates from `state["step"]` on. Stopped by a signal, it finishes the update, writes a checkpoint and raises."""
-    config = plan.config
-    valid = fixed_batches(plan.valid_rows, config.batch_size) if plan.valid_rows else []
-    before = state.get("before") or sample_answer(backend, plan.template, end_ids(plan))
+    config = job.config
+    valid = fixed_batches(job.valid_rows, config.batch_size) if job.valid_rows else []
+    before = state.get("before") or sample_answer(backend, job.template, end_ids(job))
     report = Report(
         output,
-        total=plan.iters,
-        per_epoch=plan.updates.per_epoch,
+        total=job.iters,
+        per_epoch=job.updates.per_epoch,
         logging_steps=config.logging_steps,
         step=state["step"],
         state=state.get("report"),
     )
 
     def save(step: int) -> None:
-        _save(plan, backend, output, step, {"before": before, "report": report.state()}, after=saved)
+        _save(job, backend, output, step, {"before": before, "report": report.state()}, after=saved)
 
     def validate_if_due(step: int) -> None:
-        due = step in (0, plan.iters) or (config.eval_every and step % config.eval_every == 0)
+        due = step in (0, job.iters) or (config.eval_every and step % config.eval_every == 0)
         if not (valid and due) or report.was_validated(step):
             return
         loss = validate(backend, stop.between(valid))
@@ -180,23 +180,23 @@ def _run(plan: Plan, backend: Backend, output: Path, state: dict[str, Any], stop
     with report, stop.deferred():
         try:
             if step:
-                save_adapter(output, backend.adapter_arrays(), adapter_config(plan))
+                save_adapter(output, backend.adapter_arrays(), adapter_config(job))
             validate_if_due(step)
             backend.reset_peak_memory()
-            batches = plan.updates[step]
-            while step < plan.iters:
+            batches = job.updates[step]
+            while step < job.iters:
                 stop.check()
-                batches = _update(plan, backend, report, step, batches)
+                batches = _update(job, backend, report, step, batches)
                 step += 1
                 validate_if_due(step)
-                if step == plan.iters or step % config.save_every == 0:
+                if step == job.iters or step % config.save_every == 0:
                     save(step)
                     saved = step
             stop.check()
         except Interrupted:
             if step > saved:
                 save(step)
-            report.note(f"! stopped after {step} of {plan.iters} updates")
+            report.note(f"! stopped after {step} of {job.iters} updates")
             raise
         except _NotFiniteError as error:  # a checkpoint of this very step holds the adapter that failed
             raise FishError(f"{error}\n{_last_good(output, before=step)}.") from error
@@ -212,7 +212,7 @@ def _run(plan: Plan, backend: Backend, output: Path, state: dict[str, Any], stop
     draw(output, report.losses, report.eval_losses)
     return {
         "before": before,
-        "after": sample_answer(backend, plan.template, end_ids(plan)),
+        "after": sample_answer(backend, job.template, end_ids(job)),
         "loss_before": report.eval_losses[0][1] if valid else None,
         "loss_after": report.eval_losses[-1][1] if valid else None,
         "training_losses": [report.losses[0][1], report.losses[-1][1]],
@@ -223,15 +223,15 @@ def _run(plan: Plan, backend: Backend, output: Path, state: dict[str, Any], stop
     }
 
 
-def _update(plan: Plan, backend: Backend, report: Report, step: int, batches: list[Batch]) -> list[Batch]:
+def _update(job: Job, backend: Backend, report: Report, step: int, batches: list[Batch]) -> list[Batch]:
     """Do update `step` (from 0) over its micro-batches; returns those of the next one, built while this one computes."""
-    config = plan.config
+    config = job.config
     rate = learning_rate(
-        step, peak=config.learning_rate, total=plan.iters, warmup=config.warmup, schedule=config.schedule
+        step, peak=config.learning_rate, total=job.iters, warmup=config.warmup, schedule=config.schedule
     )
     started = time.monotonic()
     wait = backend.step(batches, rate, dropout_seeds(config.seed, step, len(batches)))
-    following = plan.updates[step + 1] if step + 1 < plan.iters else []
+    following = job.updates[step + 1] if step + 1 < job.iters else []
     result = wait()
     if not result.updated:
         raise _NotFiniteError(
@@ -261,27 +261,27 @@ def resume_command(output: Path) -> str:
     return f"mlx-fish train --resume{where}"
 
 
-def _save(plan: Plan, backend: Backend, output: Path, step: int, state: dict[str, Any], *, after: int) -> None:
+def _save(job: Job, backend: Backend, output: Path, step: int, state: dict[str, Any], *, after: int) -> None:
     """A checkpoint, and then the same adapter at the top of the folder."""
     arrays = backend.adapter_arrays()
     save_checkpoint(
         output / CHECKPOINTS,
         step,
         adapter=arrays,
-        adapter_config=adapter_config(plan),
+        adapter_config=adapter_config(job),
         optimizer=backend.optimizer_arrays(),
-        state={"run": run_record(plan, {}), **state},
-        keep=plan.config.keep,
+        state={"run": run_record(job, {}), **state},
+        keep=job.config.keep,
         after=after,
     )
-    save_adapter(output, arrays, adapter_config(plan))
+    save_adapter(output, arrays, adapter_config(job))
 
 
-def _close(plan: Plan, output: Path, results: dict[str, Any]) -> None:
-    record = run_record(plan, results)
+def _close(job: Job, output: Path, results: dict[str, Any]) -> None:
+    record = run_record(job, results)
     write_text(
         output / "README.md",
-        adapter_card(Tuning.from_run(record, base=plan.folder.name, license=license_of(plan.folder.path))),
+        adapter_card(Tuning.from_run(record, base=job.folder.name, license=license_of(job.folder.path))),
     )
     write_json(output / RUN_FILE, record)  # last: a record with results is that of a complete run
     say(f"\n  {SAMPLE_QUESTION}")

@@ -11,10 +11,10 @@ signum, stop_at = signal.Signals[sys.argv[1]], int(sys.argv[2])
 real = room._update
 
 
-def update(plan, backend, report, step, batches):
+def update(job, backend, report, step, batches):
     if step + 1 == stop_at:
         os.kill(os.getpid(), signum)
-    return real(plan, backend, report, step, batches)
+    return real(job, backend, report, step, batches)
 
 
 room._update = update

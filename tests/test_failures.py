@@ -22,7 +22,7 @@ from mlx_fish.checkpoint import checkpoints
 from mlx_fish.config import TrainConfig
 from mlx_fish.errors import FishError
 from mlx_fish.files import write_bytes
-from mlx_fish.plan import make_plan
+from mlx_fish.job import make_job
 from mlx_fish.tensors import write_safetensors
 
 
@@ -240,17 +240,17 @@ def test_a_checkpoint_of_another_shape_is_refused(settings, tiny):
     from mlx_fish.data import load_dataset
     from mlx_fish.resume import Point, check_arrays
 
-    plan = make_plan(TrainConfig(**settings), tiny, load_dataset(settings["data"]))
-    good = initial_arrays(plan.spec, 0)
+    job = make_job(TrainConfig(**settings), tiny, load_dataset(settings["data"]))
+    good = initial_arrays(job.spec, 0)
     moments = {f"{moment}.{name}": array for moment in "mv" for name, array in good.items()}
-    check_arrays(Point(Path(), {}, Checkpoint(1, good, moments, {})), plan)
+    check_arrays(Point(Path(), {}, Checkpoint(1, good, moments, {})), job)
     for adapter, optimizer in (
         (dict(list(good.items())[1:]), moments),
         (good, {}),
         ({**good, "x": good[next(iter(good))]}, moments),
     ):
         with pytest.raises(FishError, match="does not fit"):
-            check_arrays(Point(Path(), {}, Checkpoint(1, adapter, optimizer, {})), plan)
+            check_arrays(Point(Path(), {}, Checkpoint(1, adapter, optimizer, {})), job)
 
 
 def test_bad_rows_are_told_together_or_left_out_and_counted(settings, tmp_path):

@@ -16,7 +16,7 @@ FLOORS = [
     {"batches", "run_folder", "hub"},
     {"source"},
     {"merge", "model_card", "checkpoint", "backends", "backends.mlx", "backends.torch"},
-    {"export", "session", "plan"},
+    {"export", "session", "job"},
     {"export.hf", "export.gguf_types", "export.gguf_vocab", "export.modelfile", "export.go_template"},
     {"export.gguf", "export.mlx_lm", "export.ollama"},
     {"export.gguf_adapter", "resume", "record"},

@@ -17,7 +17,7 @@ from mlx_fish.template import Template, TemplateTimeoutError, Tokens, choose_tem
 
 
 @dataclass(frozen=True)
-class Plan:
+class Job:
     """All that is decided before a model loads.
 
     Attributes:
@@ -49,7 +49,7 @@ class Plan:
         return digest.hexdigest()
 
 
-def make_plan(config: TrainConfig, folder: ModelFolder, dataset: Dataset) -> Plan:
+def make_job(config: TrainConfig, folder: ModelFolder, dataset: Dataset) -> Job:
     """Tokenise, choose the layers and count the updates. Loads a tokenizer, no model.
 
     Raises:
@@ -72,7 +72,7 @@ def make_plan(config: TrainConfig, folder: ModelFolder, dataset: Dataset) -> Pla
     limit = config.eval_rows or (
         len(valid_rows) if iters >= updates.per_epoch else max(4, len(valid_rows) * iters // updates.per_epoch)
     )
-    return Plan(
+    return Job(
         config=config,
         folder=folder,
         dataset=dataset,
@@ -100,37 +100,37 @@ def _tokenise(examples: Sequence[Example], template: Template, config: TrainConf
     return rows
 
 
-def describe(plan: Plan) -> None:
+def describe(job: Job) -> None:
     """Say what is trained on what."""
-    parameters, trainable = plan.folder.num_parameters, plan.spec.num_parameters
-    tokens = sum(len(row.ids) for row in plan.rows)
-    supervised = sum(row.num_supervised for row in plan.rows)
-    padding = padding_share(plan.updates, min(plan.iters, plan.updates.per_epoch))
-    cut = [row.where for row in plan.rows + plan.valid_rows if row.cut]
-    config = plan.config
-    say(f"  model       {plan.folder.name}, {parameters / 1e6:.1f} M parameters")
+    parameters, trainable = job.folder.num_parameters, job.spec.num_parameters
+    tokens = sum(len(row.ids) for row in job.rows)
+    supervised = sum(row.num_supervised for row in job.rows)
+    padding = padding_share(job.updates, min(job.iters, job.updates.per_epoch))
+    cut = [row.where for row in job.rows + job.valid_rows if row.cut]
+    config = job.config
+    say(f"  model       {job.folder.name}, {parameters / 1e6:.1f} M parameters")
     say(
-        f"  adapter     LoRA rank {config.lora_rank}, alpha {config.lora_alpha:g}, on {len(plan.spec.layers)} layers: "
+        f"  adapter     LoRA rank {config.lora_rank}, alpha {config.lora_alpha:g}, on {len(job.spec.layers)} layers: "
         f"{trainable / 1e6:.2f} M trainable ({trainable / parameters:.2%})"
     )
     say(
-        f"  data        {plan.dataset.name}: {len(plan.rows)} training rows, {len(plan.valid_rows)} for validation "
-        f"(of {len(plan.dataset.splits['valid'])}), template {plan.template.name}"
+        f"  data        {job.dataset.name}: {len(job.rows)} training rows, {len(job.valid_rows)} for validation "
+        f"(of {len(job.dataset.splits['valid'])}), template {job.template.name}"
     )
     say(f"  tokens      {tokens:,} ({supervised / tokens:.0%} supervised), {padding:.1%} padding")
     say(
-        f"  run         {plan.iters} updates of {config.batch_size} x {config.grad_accumulation} rows "
-        f"({plan.iters / plan.updates.per_epoch:.2f} epochs), learning rate {config.learning_rate:g}, {config.schedule}"
+        f"  run         {job.iters} updates of {config.batch_size} x {config.grad_accumulation} rows "
+        f"({job.iters / job.updates.per_epoch:.2f} epochs), learning rate {config.learning_rate:g}, {config.schedule}"
     )
     if cut:
         say(
             f"! {len(cut)} rows are longer than --max-seq-length {config.max_seq_length} and were cut, without an end token: {', '.join(cut[:3])}{'…' if len(cut) > 3 else ''}"
         )
-    if plan.skipped.count:
-        say(f"! {plan.skipped.count} broken rows are left out; the first: {plan.skipped.first[0]}")
-    if not plan.valid_rows:
+    if job.skipped.count:
+        say(f"! {job.skipped.count} broken rows are left out; the first: {job.skipped.first[0]}")
+    if not job.valid_rows:
         say("! no validation rows: the data set is too small to hold some out")
 
 
-def end_ids(plan: Plan) -> tuple[int, ...]:
-    return tuple(dict.fromkeys((plan.template.end_token_id, *plan.folder.end_token_ids)))
+def end_ids(job: Job) -> tuple[int, ...]:
+    return tuple(dict.fromkeys((job.template.end_token_id, *job.folder.end_token_ids)))
