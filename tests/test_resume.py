@@ -33,8 +33,8 @@ REAL = {
         ["--seed", 0, "--grad-accumulation", 2, "--lora-dropout", 0.1, "--eval-every", 1, "--logging-steps", 2],
         [("SIGTERM", 5)],
     ),
-    "killed twice, epochs crossed, no other validation": (
-        ["--seed", 1, "--batch-size", 8, "--save-every", 2, "--schedule", "linear", "--warmup", 3],
+    "killed twice, epochs crossed, no packing, no other validation": (
+        ["--no-packing", "--seed", 1, "--batch-size", 8, "--save-every", 2, "--schedule", "linear", "--warmup", 3],
         [("SIGKILL", 6), ("SIGKILL", 8)],
     ),
     "interrupted twice, dropout, the alpaca template": (

@@ -56,7 +56,7 @@ def furthest(arrays, others):
 def test_fifty_updates_take_the_same_course(tiny, spec, updates):
     mlx, torch = started(tiny, spec, "mlx"), started(tiny, spec, "torch")
     a, b = (train(backend, updates, range(50), 50) for backend in (mlx, torch))
-    assert a[-1] < a[0]
+    assert sum(a[-10:]) < sum(a[:10])
     np.testing.assert_allclose(a, b, rtol=1e-4)
     assert furthest(mlx.adapter_arrays(), torch.adapter_arrays()) < 1e-3
     assert furthest(initial_arrays(spec, 42), torch.adapter_arrays()) > 1e-2, "it moved, or nothing was compared"

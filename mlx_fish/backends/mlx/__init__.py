@@ -35,7 +35,7 @@ class MlxBackend:
         self.dtype = str(dtype).removeprefix("mlx.core.")
         self._activations = dtype
         self._layers: LoraLayers | None = None
-        self._step: Step | None = None
+        self._step = Step(self.model, LoraLayers(self.model, LoraSpec({}, {}, {}), dtype))  # evaluates the base
         self._state: State | None = None
         self._enabled = True
 
@@ -55,13 +55,11 @@ class MlxBackend:
     def step(
         self, batches: Sequence[Batch], learning_rate: float, dropout_seeds: Sequence[int]
     ) -> Callable[[], StepResult]:
-        assert self._step is not None and self._state is not None, "attach an adapter first"
+        assert self._state is not None, "attach an adapter first"
         return self._step(self._state, batches, learning_rate, dropout_seeds)
 
     def evaluate(self, batch: Batch) -> float:
-        self._bind()
-        step = self._step or Step(self.model, LoraLayers(self.model, LoraSpec({}, {}, {}), self._activations))
-        return step.evaluate(batch)
+        return self._step.evaluate(self._state.flat if self._state and self._enabled else None, batch)
 
     def logits(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         self._bind()

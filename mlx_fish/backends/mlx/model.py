@@ -9,6 +9,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.utils import load_model as load_mlx_lm_model
 
 from mlx_fish.backends.mlx.activations import SwiGluMlp
+from mlx_fish.backends.mlx.attention import Attention
 from mlx_fish.blas import MISSING
 from mlx_fish.errors import FishError
 from mlx_fish.model_folder import ModelFolder
@@ -34,7 +35,7 @@ def load_model(folder: ModelFolder, notice: Callable[[str], None]) -> tuple[nn.M
             )
         )
     for block in model.model.layers:
-        block.mlp = SwiGluMlp(block.mlp)
+        block.self_attn, block.mlp = Attention(block.self_attn), SwiGluMlp(block.mlp)
     for _, array in tree_flatten(model.parameters()):
         mx.eval(array)  # one by one, so that two copies of a model are never held at once
     mx.clear_cache()

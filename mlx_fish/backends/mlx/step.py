@@ -12,8 +12,10 @@ import mlx_fish.backends.mlx.runtime  # noqa: F401  isort: skip
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import numpy.typing as npt
 
 from mlx_fish.backends import StepResult
+from mlx_fish.backends.mlx.attention import PackedRows
 from mlx_fish.backends.mlx.checkpointing import checkpointed
 from mlx_fish.backends.mlx.lora import LoraLayers
 from mlx_fish.backends.mlx.loss import Head, make_loss, token_losses
@@ -44,22 +46,25 @@ class Step:
         self._update_one = mx.compile(self._gradient_and_update)
         self._gradient = mx.compile(self._loss_and_gradient)
         self._update = mx.compile(self._clip_and_update)
+        self._loss_sum = mx.compile(self._summed_loss)
 
     def __call__(
         self, state: State, batches: Sequence[Batch], learning_rate: float, dropout_seeds: Sequence[int]
     ) -> Callable[[], StepResult]:
         """Start the update, change `state`, and return a call that waits for the result."""
         num_supervised = sum(batch.num_supervised for batch in batches)
-        inputs = [self._arrays(batch, seed, num_supervised) for batch, seed in zip(batches, dropout_seeds, strict=True)]
+        inputs = [
+            self._micro_batch(batch, seed, num_supervised) for batch, seed in zip(batches, dropout_seeds, strict=True)
+        ]
         scalars = mx.array(learning_rate, mx.float32), mx.array(state.step + 1, mx.float32)
         vectors = state.flat, state.first, state.second
         if len(inputs) == 1:
-            *changed, loss, norm, good = self._update_one(*vectors, *scalars, *inputs[0])
+            *changed, loss, norm, good = self._update_one(*vectors, *scalars, inputs[0])
         else:
-            loss, gradient = self._gradient(state.flat, *inputs[0])
+            loss, gradient = self._gradient(state.flat, inputs[0])
             for arrays in inputs[1:]:
                 mx.async_eval(loss, gradient)  # one micro-batch's activations at a time
-                more_loss, more = self._gradient(state.flat, *arrays)
+                more_loss, more = self._gradient(state.flat, arrays)
                 loss, gradient = loss + more_loss, gradient + more
             *changed, norm, good = self._update(*vectors, *scalars, loss, gradient)
         state.flat, state.first, state.second = changed
@@ -67,39 +72,51 @@ class Step:
         mx.async_eval(*changed, loss, norm, good)
         return lambda: StepResult(_number(loss), _number(norm), bool(good.item()))
 
-    def evaluate(self, batch: Batch) -> float:
-        """Summed loss over the batch, with the matrices bound to the layers at present."""
-        self._check_range(batch)
-        losses = token_losses(
-            self.head, self._hidden(mx.array(batch.inputs), mx.array(batch.positions)), mx.array(batch.targets)
-        )
-        return _number((losses * mx.array(batch.weights)).sum())
+    def evaluate(self, flat: mx.array | None, batch: Batch) -> float:
+        """Summed loss over the batch, with the masters (P,) or, without them, of the base alone."""
+        matrices = [] if flat is None else self.layers.split(flat)
+        return _number(self._loss_sum(matrices, self._arrays(batch, batch.weights)))
 
-    def _arrays(self, batch: Batch, dropout_seed: int, num_supervised: int) -> list[mx.array]:
-        self._check_range(batch)
+    def _micro_batch(self, batch: Batch, dropout_seed: int, num_supervised: int) -> dict[str, mx.array]:
         weights = batch.weights / np.float32(num_supervised)  # the whole update's count: never a mean of means
-        arrays = [mx.array(batch.inputs), mx.array(batch.positions), mx.array(batch.targets), mx.array(weights)]
-        return [*arrays, mx.random.key(dropout_seed)]
+        return self._arrays(batch, weights) | {"key": mx.random.key(dropout_seed)}
 
-    def _check_range(self, batch: Batch) -> None:
+    def _arrays(self, batch: Batch, weights: npt.NDArray[np.float32]) -> dict[str, mx.array]:
         most = max(int(batch.targets.max()), int(batch.inputs.max()))
         assert 0 <= most < self.head.vocab_size, f"id {most} is outside the vocabulary of {self.head.vocab_size}"
+        arrays = {"inputs": batch.inputs, "positions": batch.positions, "targets": batch.targets, "weights": weights}
+        if batch.packing is not None:
+            arrays |= {"grid": batch.packing.grid, "slots": batch.packing.slots}
+        return {name: mx.array(array) for name, array in arrays.items()}
 
-    def _hidden(self, inputs: mx.array, positions: mx.array) -> mx.array:
-        """(B, L) ids -> (N, D) hidden states of the supervised positions: no other ever meets the vocabulary."""
-        hidden = self.model.model(inputs)
-        return hidden.reshape(-1, hidden.shape[-1])[positions]
+    def _hidden(self, batch: dict[str, mx.array]) -> mx.array:
+        """(N, D) hidden states of the supervised positions: no other ever meets the vocabulary."""
+        model = self.model.model
+        if "grid" in batch:
+            hidden = model.embed_tokens(batch["inputs"])
+            rows = PackedRows(batch["grid"], batch["slots"])
+            for block in model.layers:
+                hidden = block(hidden, rows)
+            hidden = model.norm(hidden)
+        else:
+            hidden = model(batch["inputs"])
+        return hidden.reshape(-1, hidden.shape[-1])[batch["positions"]]
 
-    def _loss_and_gradient(
-        self, flat: mx.array, inputs: mx.array, positions: mx.array, targets: mx.array, weights: mx.array, key: mx.array
-    ) -> tuple[mx.array, mx.array]:
+    def _summed_loss(self, matrices: list[mx.array], batch: dict[str, mx.array]) -> mx.array:
+        if matrices:
+            self.layers.bind(matrices)
+        losses = token_losses(self.head, self._hidden(batch), batch["targets"])
+        self.layers.unbind()
+        return (losses * batch["weights"]).sum()
+
+    def _loss_and_gradient(self, flat: mx.array, batch: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
         """The micro-batch's share of the mean loss, and its gradient (P,)."""
 
         def loss_of(matrices: list[mx.array]) -> mx.array:
-            self.layers.bind(matrices, key)
+            self.layers.bind(matrices, batch["key"])
             with checkpointed(self.model) if self.grad_checkpoint else nullcontext():
-                hidden = self._hidden(inputs, positions)
-            return (self.losses(hidden, targets) * weights).sum()
+                hidden = self._hidden(batch)
+            return (self.losses(hidden, batch["targets"]) * batch["weights"]).sum()
 
         # By matrix, not by vector: the gradient of a slice would be a vector of zeros for each of 336 slices.
         loss, gradients = mx.value_and_grad(loss_of)(self.layers.split(flat))
@@ -113,9 +130,9 @@ class Step:
         second: mx.array,
         learning_rate: mx.array,
         step: mx.array,
-        *batch: mx.array,
+        batch: dict[str, mx.array],
     ) -> tuple[mx.array, ...]:
-        loss, gradient = self._loss_and_gradient(flat, *batch)
+        loss, gradient = self._loss_and_gradient(flat, batch)
         *changed, norm, good = self._clip_and_update(flat, first, second, learning_rate, step, loss, gradient)
         return (*changed, loss, norm, good)
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn as nn
 
@@ -24,38 +25,70 @@ POSITIONS_AT_A_TIME = {"cpu": 256, "mps": 4096, "cuda": 8192}
 
 @dataclass(frozen=True)
 class Piece:
-    """Some rows of a batch, cut after their last label: inputs (B, L), and of each label its flat position and target (N,)."""
+    """Some rows of a batch, cut after their last label: of each label its flat position and target (N,).
+
+    Attributes:
+        inputs: (B, L), or (1, T) when the rows lie end to end.
+        lengths: of the rows that lie end to end, else None.
+    """
 
     inputs: Int32
     positions: Int32
     targets: Int32
+    lengths: tuple[int, ...] | None = None
 
 
 def pieces(batch: Batch, limit: int) -> Iterator[Piece]:
     """Split a batch into pieces of at most `limit` positions, or of one row: the same labels, fewer pads."""
+    flat = batch.inputs.reshape(-1)
+    starts, ends = _rows(batch)
     labels = batch.weights > 0
-    rows, columns = np.divmod(batch.positions[labels], batch.inputs.shape[1])
-    targets = batch.targets[labels]
-    ends = np.zeros(len(batch.inputs), np.int32)
-    np.maximum.at(ends, rows, columns + 1)  # under a causal mask, nothing after the last label matters
+    positions, targets = batch.positions[labels], batch.targets[labels]
+    owners = np.searchsorted(starts, positions, side="right") - 1
+    columns = positions - starts[owners]
+    widths = np.zeros(len(starts), np.int64)
+    np.maximum.at(widths, owners, columns + 1)  # under a causal mask, nothing after the last label matters
+    packed = batch.packing is not None
     start = 0
-    while start < len(ends):
+    while start < len(widths):
         stop = start + 1
-        while stop < len(ends) and (stop + 1 - start) * ends[start : stop + 1].max() <= limit:
+        while stop < len(widths) and _num_positions(widths[start : stop + 1], packed) <= limit:
             stop += 1
-        width = int(ends[start:stop].max())
-        inside = (rows >= start) & (rows < stop)
+        part, inside = widths[start:stop], (owners >= start) & (owners < stop)
         if inside.any():
-            flat = (rows[inside] - start) * width + columns[inside]
-            yield Piece(batch.inputs[start:stop, :width], flat, targets[inside])
+            width = part.max()
+            places = np.cumsum([0, *part[:-1]]) if packed else width * np.arange(stop - start)
+            lengths = part if packed else np.minimum(ends - starts, width)[start:stop]
+            inputs = np.zeros(part.sum() if packed else width * len(part), np.int32)
+            for first, place, length in zip(starts[start:stop], places, lengths, strict=True):
+                inputs[place : place + length] = flat[first : first + length]
+            yield Piece(
+                inputs.reshape(1 if packed else len(part), -1),
+                places[owners[inside] - start] + columns[inside],
+                targets[inside],
+                tuple(part.tolist()) if packed else None,
+            )
         start = stop
+
+
+def _rows(batch: Batch) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Where each row starts and ends in the flattened inputs."""
+    if batch.packing is None:
+        rows, width = batch.inputs.shape
+        return width * np.arange(rows), width * np.arange(1, rows + 1)
+    ends = np.cumsum((batch.packing.grid >= 0).sum(axis=1))
+    return np.concatenate([[0], ends[:-1]]), ends
+
+
+def _num_positions(widths: npt.NDArray[np.int64], packed: bool) -> int:
+    return int(widths.sum() if packed else len(widths) * widths.max())
 
 
 def summed_loss(model: nn.Module, piece: Piece) -> torch.Tensor:
     """The cross-entropy summed over the piece's labels; a scalar, float32.
 
-    Only the hidden states of labelled positions meet the vocabulary. Pads stand on the right of a causal mask, so no
-    attention mask is needed.
+    Only the hidden states of labelled positions meet the vocabulary. Pads stand on the right of a causal mask, so padded rows
+    need no attention mask; rows that lie end to end need one, and positions that begin anew.
     """
     head = model.get_output_embeddings().weight
     most = max(int(piece.targets.max()), int(piece.inputs.max()))
@@ -63,8 +96,17 @@ def summed_loss(model: nn.Module, piece: Piece) -> torch.Tensor:
     inputs, positions, targets = (
         torch.from_numpy(array).to(head.device).long() for array in (piece.inputs, piece.positions, piece.targets)
     )
-    hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
+    rows = {} if piece.lengths is None or len(piece.lengths) == 1 else _end_to_end(piece.lengths, head.device)
+    hidden = model.model(input_ids=inputs, use_cache=False, **rows).last_hidden_state
     return losses(head, hidden.reshape(-1, hidden.shape[-1])[positions], targets).sum()
+
+
+def _end_to_end(lengths: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
+    """Positions (1, T) that begin anew in each row, and the mask (1, 1, T, T) that keeps attention inside it."""
+    places = torch.cat([torch.arange(length) for length in lengths])
+    owners = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    visible = (owners[:, None] == owners) & (places[:, None] >= places)
+    return {"position_ids": places[None].to(device), "attention_mask": visible[None, None].to(device)}
 
 
 def evaluate(model: nn.Module, batch: Batch) -> float:
