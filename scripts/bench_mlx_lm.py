@@ -16,6 +16,7 @@ from typing import Any
 from bench_task import DEFAULTS, MAX_LENGTH, WARM_UPDATES, Report, Task
 
 from mlx_fish.adapter import key_a, key_b
+from mlx_fish.model_folder import ModelFolder
 from mlx_fish.template import Tokens
 
 MASKED_TOO_FAR = 1  # the tokens by which mlx-lm's mask passes a row's end
@@ -105,20 +106,13 @@ class MlxMemory:
 
 
 def load(task: Task) -> tuple[MlxMemory, Any]:
-    """mlx-lm's model with its LoRA layers, in the dtype that mlx-fish computes in."""
-    import mlx_fish.backends.mlx.runtime as runtime  # isort: skip
-    import mlx.core as mx
-    from mlx.utils import tree_flatten, tree_map
-    from mlx_lm.tuner.utils import linear_to_lora_layers
-    from mlx_lm.utils import load_model
-
-    model, _ = load_model(task.folder.path, lazy=True, model_config=task.folder.config)
-    if not runtime.on_gpu:  # as mlx-fish does: half precision crawls on a CPU
-        halves = (mx.bfloat16, mx.float16)
-        model.update(tree_map(lambda x: x.astype(mx.float32) if x.dtype in halves else x, model.parameters()))
-    for _, array in tree_flatten(model.parameters()):
-        mx.eval(array)
+    """mlx-lm's model with its LoRA layers, and the memory that its weights took."""
+    model = load_plain(task.folder)
     memory = MlxMemory()
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
     model.freeze()
     rank, scale = (next(iter(values.values())) for values in (task.spec.ranks, task.spec.scales))
     linear_to_lora_layers(model, len(model.layers), {"rank": rank, "scale": scale, "dropout": 0.0})
@@ -130,6 +124,22 @@ def load(task: Task) -> tuple[MlxMemory, Any]:
     model.load_weights([(name, mx.array(values)) for name, values in start.items()], strict=False)
     mx.eval(model.parameters())
     return memory, model
+
+
+def load_plain(folder: ModelFolder) -> Any:
+    """mlx-lm's model in the dtype that mlx-fish computes in."""
+    import mlx_fish.backends.mlx.runtime as runtime  # isort: skip
+    import mlx.core as mx
+    from mlx.utils import tree_flatten, tree_map
+    from mlx_lm.utils import load_model
+
+    model, _ = load_model(folder.path, lazy=True, model_config=folder.config)
+    if not runtime.on_gpu:  # half precision crawls on a CPU
+        halves = (mx.bfloat16, mx.float16)
+        model.update(tree_map(lambda x: x.astype(mx.float32) if x.dtype in halves else x, model.parameters()))
+    for _, array in tree_flatten(model.parameters()):
+        mx.eval(array)
+    return model
 
 
 def padded(rows: Sequence[Tokens]) -> tuple[Any, Any]:
