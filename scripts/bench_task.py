@@ -60,8 +60,8 @@ def make_task(options: argparse.Namespace) -> Task:
     return Task(folder, rows, spec, updates, options.backend, options.grad_checkpoint)
 
 
-def fish_rows(folder: ModelFolder, number: int) -> list[Tokens]:
-    """The first training rows of the fish data, at most all of them."""
+def fish_rows(folder: ModelFolder, number: int | None = None) -> list[Tokens]:
+    """The first training rows of the fish data [default: all]."""
     template = choose_template("auto", load_tokenizer(folder), folder)
     examples = load_dataset("fish_care").splits["train"][:number]
     return [template.tokens(example, MAX_LENGTH) for example in examples]

@@ -83,17 +83,16 @@ def main() -> None:
         rank=options.rank,
         width=options.bytes,
     )
+    print("| part | MFLOP a token | share | KB a token | exponentials a token | µs a token at least |")
+    print("|---|---|---|---|---|---|")
+    seconds = [part.seconds(options.flops, options.bandwidth) for part in parts]
+    flops, moved, exps = (sum(getattr(part, name) for part in parts) for name in ("flops", "bytes", "exps"))
+    for part, least in zip(parts, seconds, strict=True):
+        counts = f"{part.flops / 1e6:,.1f} | {part.flops / flops:.1%} | {part.bytes / 1e3:,.0f} | {part.exps:,.0f}"
+        print(f"| {part.name} | {counts} | {1e6 * least:,.1f} |")
+    print(f"| all | {flops / 1e6:,.1f} | | {moved / 1e3:,.0f} | {exps:,.0f} | {1e6 * sum(seconds):,.0f} |")
     print(
-        "| part | MFLOP a token | share | KB a token | exponentials a token | µs a token at least |\n|---|---|---|---|---|---|"
-    )
-    total = sum(part.flops for part in parts)
-    for part in parts:
-        least = 1e6 * part.seconds(options.flops, options.bandwidth)
-        print(f"| {part.name} | {part.flops / 1e6:,.1f} | {part.flops / total:.1%} | {part.bytes / 1e3:,.0f} | {part.exps:,.0f} | {least:,.1f} |")  # fmt: skip
-    seconds = sum(part.seconds(options.flops, options.bandwidth) for part in parts)
-    print(f"| all | {total / 1e6:,.1f} | | {sum(part.bytes for part in parts) / 1e3:,.0f} | {sum(part.exps for part in parts):,.0f} | {1e6 * seconds:,.0f} |")  # fmt: skip
-    print(
-        f"\nAt {options.flops / 1e12:g} TFLOP/s and {options.bandwidth / 1e9:g} GB/s: at most {1 / seconds:,.0f} tokens/s."
+        f"\nAt {options.flops / 1e12:g} TFLOP/s and {options.bandwidth / 1e9:g} GB/s: at most {1 / sum(seconds):,.0f} tokens/s."
     )
 
 

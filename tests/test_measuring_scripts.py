@@ -67,3 +67,12 @@ def test_the_roofline_counts_the_tiny_model(tiny):
     grown = {name for name, part in parts.items() if longer[name].flops != part.flops}
     assert grown == {"attention, the causal half"}
     assert longer["attention, the causal half"].flops == 2 * 4 * 6 * 192 * 32
+
+
+def test_the_shapes_of_an_epoch_are_counted(tmp_path):
+    done = run("batch_shapes.py", "--batch-size", "1", "313", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    one, all_rows = (line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:])
+    assert one[:2] == ["1", "313"] and int(one[3]) > 1
+    assert all_rows[:2] == ["313", "1"] and all_rows[3] == "1"
+    assert float(one[2].rstrip("%")) < float(all_rows[2].rstrip("%"))
