@@ -1,6 +1,6 @@
 """The systems that `bench.py` measures: each trains the same task in a process of its own and reports every update.
 
-A new one (mlx-lm's tuner, say) is a function `run(task, report)` more in SYSTEMS.
+A new one is a function `run(task, report)` more in SYSTEMS.
 """
 
 import argparse
@@ -9,70 +9,37 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from bench_mlx_lm import MlxMemory, run_mlx_lm, run_mlx_lm_ours
+from bench_task import DEFAULTS, WARM_UPDATES, Report, Task, make_task
 
-from mlx_fish.adapter import LoraSpec, choose_layers, initial_arrays
-from mlx_fish.backends import choose_backend
-from mlx_fish.batches import Updates
-from mlx_fish.config import TrainConfig
-from mlx_fish.data import load_dataset
-from mlx_fish.hub import find_model
-from mlx_fish.model_folder import ModelFolder
-from mlx_fish.template import Tokens, choose_template, load_tokenizer
-
-WARM_UPDATES = 3  # not timed, and the same rows for every system
-MAX_LENGTH = 2048
-DEFAULTS = TrainConfig()
-
-
-@dataclass(frozen=True)
-class Task:
-    """What every system computes: `updates` lists the rows of each, as mlx-fish orders them."""
-
-    folder: ModelFolder
-    rows: list[Tokens]
-    spec: LoraSpec
-    updates: Updates
-    backend: str
-
-    @property
-    def initial(self) -> dict[str, Any]:
-        return initial_arrays(self.spec, DEFAULTS.seed)
-
-
-def make_task(options: argparse.Namespace) -> Task:
-    choose_backend(options.backend)  # before transformers is imported
-    folder = find_model(options.model)
-    template = choose_template("auto", load_tokenizer(folder), folder)
-    examples = load_dataset("fish_care").splits["train"][: options.updates * options.batch_size]
-    rows = [template.tokens(example, MAX_LENGTH) for example in examples]
-    spec = LoraSpec.uniform(choose_layers(folder.linear_layers), rank=options.rank, alpha=2 * options.rank)
-    updates = Updates(rows, batch_size=options.batch_size, accumulation=1, seed=DEFAULTS.seed)
-    return Task(folder, rows, spec, updates, options.backend)
-
-
-Report = Callable[..., None]
-"""`report(event, wait=False, **values)` sends an event to the process that measures; `wait` until it answers."""
+from mlx_fish.template import Tokens
 
 
 def run_mlx_fish(task: Task, report: Report) -> None:
     from mlx_fish.backends import load_backend
 
     backend = load_backend(task.folder, name=task.backend)
-    backend.attach(task.spec, task.initial)
+    mlx_memory = MlxMemory() if backend.name == "mlx" else None
+    backend.attach(task.spec, task.initial, grad_checkpoint=task.grad_checkpoint)
     if backend.name == "torch":
         touch_weights(backend.model)  # type: ignore[attr-defined]
     report("loaded", wait=True, device=backend.device, dtype=backend.dtype)
-    backend.reset_peak_memory()
+    if mlx_memory is None:
+        backend.reset_peak_memory()
     before = backend.peak_memory()
     for step in range(task.updates.per_epoch):
         batches = task.updates[step]
         result = backend.step(batches, DEFAULTS.learning_rate, [0])()
-        report("update", loss=result.loss, tokens=sum(batch.num_tokens for batch in batches))
-    report("done", wait=True, memory=None if backend.device == "cpu" else backend.peak_memory() - before)
+        tokens, computed = (sum(getattr(batch, name) for batch in batches) for name in ("num_tokens", "num_computed"))
+        report("update", loss=result.loss, tokens=tokens, computed=computed)
+    if mlx_memory is not None:
+        memory = mlx_memory.above_weights()
+    else:
+        memory = None if backend.device == "cpu" else backend.peak_memory() - before
+    report("done", wait=True, memory=memory)
 
 
 def run_trainer(task: Task, report: Report) -> None:
@@ -112,7 +79,9 @@ def run_trainer(task: Task, report: Report) -> None:
     class Reporter(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
             done = rows[(state.global_step - 1) * batch_size : state.global_step * batch_size]
-            report("update", loss=losses[-1], tokens=sum(len(row.ids) - 1 for row in done))
+            lengths = [len(row.ids) for row in done]
+            tokens, computed = sum(lengths) - len(done), len(done) * max(lengths)
+            report("update", loss=losses[-1], tokens=tokens, computed=computed)
 
     def collate(batch: Sequence[Tokens]) -> dict[str, Any]:
         longest = max(len(row.ids) for row in batch)
@@ -144,6 +113,7 @@ def run_trainer(task: Task, report: Report) -> None:
             disable_tqdm=True,
             remove_unused_columns=False,
             dataloader_pin_memory=False,
+            gradient_checkpointing=task.grad_checkpoint,
             use_cpu=device.type == "cpu",
         )
         trainer = InOrder(
@@ -157,17 +127,19 @@ def run_trainer(task: Task, report: Report) -> None:
         report("done", wait=True, memory=None if device.type == "cpu" else memory.peak(device) - before)
 
 
-SYSTEMS: dict[str, Callable[[Task, Report], None]] = {"mlx-fish": run_mlx_fish, "trainer": run_trainer}
+SYSTEMS: dict[str, Callable[[Task, Report], None]] = {
+    "mlx-fish": run_mlx_fish,
+    "trainer": run_trainer,
+    "mlx-lm": run_mlx_lm,
+    "mlx-lm-ours": run_mlx_lm_ours,
+}
 
 
 def trainer_order(task: Task) -> list[Tokens]:
     """The rows of mlx-fish's first updates, then the others shuffled: what is timed has no order by length."""
-    by_place = {row.where: row for row in task.rows}
-    names = [name for step in range(task.updates.per_epoch) for batch in task.updates[step] for name in batch.rows]
-    first = names[: WARM_UPDATES * task.updates.rows_per_update]
-    rest = names[len(first) :]
-    shuffled = np.random.default_rng(DEFAULTS.seed).permutation(len(rest))
-    return [by_place[name] for name in first] + [by_place[rest[index]] for index in shuffled]
+    first = [row for step in range(WARM_UPDATES) for row in task.rows_of(step)]
+    rest = [row for step in range(WARM_UPDATES, task.updates.per_epoch) for row in task.rows_of(step)]
+    return first + [rest[index] for index in np.random.default_rng(DEFAULTS.seed).permutation(len(rest))]
 
 
 def touch_weights(model: Any) -> None:
@@ -186,4 +158,4 @@ def child(options: argparse.Namespace) -> None:
         if wait:
             sys.stdin.readline()
 
-    SYSTEMS[options.child](make_task(options), report)
+    SYSTEMS[options.system](make_task(options), report)

@@ -36,14 +36,29 @@ def test_a_missing_model_is_one_sentence(tmp_path, script):
     assert "Traceback" not in done.stderr
 
 
-def test_the_benchmark_measures_both_and_checks_that_they_agree(tmp_path):
-    done = run("bench.py", "--updates", "5", "--rounds", "1", "--json", "bench.json", cwd=tmp_path)
+@pytest.mark.parametrize("other", ["trainer", "mlx-lm", "mlx-lm-ours"])
+def test_the_benchmark_measures_both_and_checks_that_they_agree(tmp_path, other):
+    done = run("bench.py", "--vs", other, "--updates", "5", "--rounds", "1", "--json", "bench.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "| ratio |" in done.stdout
     record = json.loads((tmp_path / "bench.json").read_text())
-    assert [run["system"] for run in record["runs"]] == ["mlx-fish", "trainer"]
-    assert 0 <= record["agreement"] < 1e-3
-    assert all(run["tokens_per_second"] > 0 and len(run["losses"]) == 3 for run in record["runs"])
+    assert [run["system"] for run in record["runs"]] == ["mlx-fish", other]
+    assert 0 <= record["agreement"] < 1e-5  # with mlx-lm's own mask it is 0.25
+    for measured in record["runs"]:
+        assert measured["tokens_per_second"] > 0 and measured["memory"] > 0 and len(measured["losses"]) == 3
+        assert 0 <= measured["padding"] < 0.5
+
+
+def test_the_benchmark_cuts_the_model_and_makes_rows_of_one_length(tmp_path):
+    flags = ["--layers", "1", "--length", "32", "--batch-size", "2", "--grad-checkpoint"]
+    command = ["--vs", "mlx-lm", "--updates", "4", "--rounds", "1", "--json", "bench.json", *flags]
+    done = run("bench.py", *command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "bench.json").read_text())
+    assert record["agreement"] < 1e-5
+    assert [run["padding"] for run in record["runs"]] == [pytest.approx(1 / 32)] * 2  # 31 of 32 positions predict
+    assert "--layers 5" in run("bench.py", "--layers", "5", cwd=tmp_path).stderr
+    assert "--backend mlx" in run("bench.py", "--vs", "mlx-lm", "--backend", "torch", cwd=tmp_path).stderr
 
 
 @pytest.mark.parametrize(

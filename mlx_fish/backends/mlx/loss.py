@@ -1,11 +1,15 @@
 """Cross-entropy over a large vocabulary in one pass, with its gradient ready when the forward ends.
 
-For N hidden rows h and the head W (V, D), a loop over chunks of the vocabulary keeps, for each row, the running maximum m, the
-sum s = sum_v exp(l_v - m) and R = sum_v exp(l_v - m) W_v, rescaled when m grows (the online softmax of arXiv 1805.02867). Then
+For N hidden rows h and the head W (V, D), a loop over chunks of the vocabulary keeps, for each row, the running maximum m and, over
+all entries but the target t, the sum s' = sum_v exp(l_v - m) and R' = sum_v exp(l_v - m) W_v, rescaled when m grows (the online
+softmax of arXiv 1805.02867). Then, with s = s' + exp(l_t - m),
 
-    loss  = m + log s - l_target          dloss/dh = R / s - W_target
+    loss  = m + log s - l_t          dloss/dh = (R' - s' W_t) / s
 
-No (N, V) array ever exists and nothing is recomputed in the backward pass: the head is frozen under LoRA, so R is all that the
+The target is kept apart because a row that is learnt gives it nearly all of s: with W_t in R, the gradient would be the small
+difference of two large numbers, each rounded to the model's type.
+
+No (N, V) array ever exists and nothing is recomputed in the backward pass: the head is frozen under LoRA, so R' is all that the
 backward needs, at the cost of the plain head's products.
 """
 
@@ -111,26 +115,30 @@ def token_losses_and_gradients(
 def _one_pass(
     head: Head, hidden: mx.array, targets: mx.array, chunk: int | None, *, with_gradients: bool
 ) -> tuple[mx.array, mx.array]:
-    """The losses, and R / s - W_target where it is wanted (else a scalar 0)."""
+    """The losses, and their gradients where they are wanted (else a scalar 0)."""
     chunk = chunk or max(MIN_CHUNK, CHUNK_BYTES // (4 * hidden.shape[0]))
     top = mx.full((hidden.shape[0], 1), -mx.inf)
+    own = mx.zeros((hidden.shape[0], 1))  # l_t
     total = mx.zeros((hidden.shape[0], 1))
     blend = mx.zeros(hidden.shape) if with_gradients else mx.array(0.0)
     for start in range(0, head.vocab_size, chunk):
         stop = min(start + chunk, head.vocab_size)
         # Without this, the scheduler may compute many chunks' logits before it folds the first one in.
-        rows = mx.depends(hidden, [total, blend]) if start else hidden
+        rows = mx.depends(hidden, [own, total, blend]) if start else hidden
         logits = head.logits(rows, start, stop)
+        place = targets[:, None] - start
+        # l_t as the product rounded it: in half precision by up to 0.06, which must be the same wherever l_t stands.
+        picked = mx.take_along_axis(logits, mx.clip(place, 0, stop - start - 1), axis=-1)
+        own = mx.where((place >= 0) & (place < stop - start), picked, own)
         new_top = mx.maximum(top, logits.max(axis=-1, keepdims=True))
-        factors, decay = exp(logits - new_top), exp(top - new_top)
+        factors, decay = mx.where(mx.arange(stop - start) == place, 0, exp(logits - new_top)), exp(top - new_top)
         total = total * decay + row_sums(factors)
         if with_gradients:
             blend = blend * decay + head.weighted_rows(factors, start, stop, hidden.dtype)
         top = new_top
-    target_rows = head.rows(targets)
-    target_logits = (hidden.astype(mx.float32) * target_rows).sum(axis=-1)
-    losses = top[:, 0] + mx.log(total[:, 0]) - target_logits
-    return losses, blend / total - target_rows if with_gradients else blend
+    whole = total + exp(own - top)
+    losses = (top + mx.log(whole) - own)[:, 0]
+    return losses, (blend - total * head.rows(targets)) / whole if with_gradients else blend
 
 
 def make_loss(head: Head, chunk: int | None = None) -> Callable[[mx.array, mx.array], mx.array]:
