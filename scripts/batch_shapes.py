@@ -21,7 +21,10 @@ def main() -> None:
     for size in options.batch_size:
         updates = Updates(rows, batch_size=size, accumulation=1, seed=DEFAULTS.seed)
         batches = [batch for step in range(updates.per_epoch) for batch in updates[step]]
-        shapes = {(batch.inputs.shape, batch.targets.shape) for batch in batches}
+        shapes = {
+            (batch.inputs.shape, batch.packing.grid.shape if batch.packing else None, batch.targets.shape)
+            for batch in batches
+        }
         print(f"| {size} | {updates.per_epoch} | {padding_share(updates, updates.per_epoch):.1%} | {len(shapes)} |")
 
 

@@ -117,6 +117,10 @@ def _one_pass(
 ) -> tuple[mx.array, mx.array]:
     """The losses, and their gradients where they are wanted (else a scalar 0)."""
     chunk = chunk or max(MIN_CHUNK, CHUNK_BYTES // (4 * hidden.shape[0]))
+    targets = targets[:, None]
+    numbers = mx.arange(
+        head.vocab_size
+    )  # an array: numbers written into the graph would be compiled into a kernel for each chunk
     top = mx.full((hidden.shape[0], 1), -mx.inf)
     own = mx.zeros((hidden.shape[0], 1))  # l_t
     total = mx.zeros((hidden.shape[0], 1))
@@ -126,19 +130,19 @@ def _one_pass(
         # Without this, the scheduler may compute many chunks' logits before it folds the first one in.
         rows = mx.depends(hidden, [own, total, blend]) if start else hidden
         logits = head.logits(rows, start, stop)
-        place = targets[:, None] - start
+        first, last = numbers[start : start + 1], numbers[stop - 1 : stop]
         # l_t as the product rounded it: in half precision by up to 0.06, which must be the same wherever l_t stands.
-        picked = mx.take_along_axis(logits, mx.clip(place, 0, stop - start - 1), axis=-1)
-        own = mx.where((place >= 0) & (place < stop - start), picked, own)
+        picked = mx.take_along_axis(logits, mx.clip(targets, first, last) - first, axis=-1)
+        own = mx.where((targets >= first) & (targets <= last), picked, own)
         new_top = mx.maximum(top, logits.max(axis=-1, keepdims=True))
-        factors, decay = mx.where(mx.arange(stop - start) == place, 0, exp(logits - new_top)), exp(top - new_top)
+        factors, decay = mx.where(numbers[start:stop] == targets, 0, exp(logits - new_top)), exp(top - new_top)
         total = total * decay + row_sums(factors)
         if with_gradients:
             blend = blend * decay + head.weighted_rows(factors, start, stop, hidden.dtype)
         top = new_top
     whole = total + exp(own - top)
     losses = (top + mx.log(whole) - own)[:, 0]
-    return losses, (blend - total * head.rows(targets)) / whole if with_gradients else blend
+    return losses, (blend - total * head.rows(targets[:, 0])) / whole if with_gradients else blend
 
 
 def make_loss(head: Head, chunk: int | None = None) -> Callable[[mx.array, mx.array], mx.array]:
