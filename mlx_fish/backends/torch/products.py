@@ -88,7 +88,7 @@ class FrozenLinear(nn.Linear):
         return found
 
 
-class LoraLinear(peft.tuners.lora.Linear):  # type: ignore[misc]
+class LoraLinear(peft.tuners.lora.Linear):
     """PEFT's layer with one unmerged adapter; where it drops, the computation is PEFT's as well."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
