@@ -37,6 +37,8 @@ FAULTS = [
     ("torch: scale left out", "backends/torch/lora.py", "= self.spec.scales[module]", "= 1.0", "test_backends"),
     ("torch: moments lost", "backends/torch/step.py", "[self.layers.master] = state", "[self.layers.master] = {}", "test_backends"),
     ("torch: sum not rescaled", "backends/torch/loss.py", "blend.mul_(decay).add_", "blend.add_", "test_torch_backend"),
+    ("torch: gradient of A not scaled", "backends/torch/products.py", "(gradient @ b).mul_(ctx.scale)", "gradient @ b", "test_torch_backend"),
+    ("torch: adapter left out of dx", "backends/torch/products.py", ".addmm_(narrow_gradient, a).view", ".view", "test_torch_backend"),
     ("torch: a piece cut short", "backends/torch/step.py", "columns + 1)", "columns)", "test_torch_backend"),
     ("moments forgotten", "train.py", "backend.restore_optimizer(checkpoint.optimizer, checkpoint.step)", "pass", "test_resume"),
     ("log not cut", "report.py", "splitlines(keepends=True)[:count]", "splitlines(keepends=True)", "test_resume"),

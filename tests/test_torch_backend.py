@@ -1,6 +1,7 @@
 """What is torch's own: its loss, dropout without a global generator, half precision, and what it cannot read."""
 
 import numpy as np
+import peft
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -8,7 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mlx_fish.adapter import LoraSpec, choose_layers, initial_arrays
 from mlx_fish.backends import load_backend
 from mlx_fish.backends.torch import model as torch_model
+from mlx_fish.backends.torch import products
 from mlx_fish.backends.torch.loss import losses, token_losses
+from mlx_fish.backends.torch.products import LoraLinear, freeze, linear
 from mlx_fish.backends.torch.step import POSITIONS_AT_A_TIME, pieces
 from mlx_fish.batches import make_batch
 from mlx_fish.convert import convert
@@ -65,6 +68,68 @@ def test_the_logits_of_the_whole_vocabulary_never_exist():
     with Largest() as largest:
         losses(WEIGHT, hidden, TARGETS, 1000).sum().backward()
     assert N * 1000 <= largest.size < N * V
+
+
+@pytest.fixture(params=[True, False], ids=["onednn", "plain"])
+def onednn(request, monkeypatch):
+    """Each way to multiply, where this CPU has both."""
+    monkeypatch.setattr(products, "_ONEDNN", request.param and products._ONEDNN)
+
+
+@pytest.mark.parametrize("num_rows", [1, 13])
+@pytest.mark.parametrize("bias", [True, False])
+def test_frozen_products_equal_exact_ones(onednn, num_rows, bias):
+    """Also of a transposed view, which the backward pass multiplies with."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, offset = (torch.randn(*shape, generator=generator) for shape in ((num_rows, 3, 96), (200, 96), (200,)))
+    exact = x.double() @ weight.double().T + (offset.double() if bias else 0)
+    for given in (weight, weight.T.contiguous().T):
+        found = linear(x, given, offset if bias else None)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-6 * exact.abs().max().item())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("known", [True, False], ids=["inner", "first"])
+def test_lora_layers_equal_those_of_peft(onednn, bias, known):
+    """Output and all gradients, against PEFT's own forward; `first` is a layer whose input asks for no gradient."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(96, 200, bias=bias))
+    tuner = peft.LoraModel(base, peft.LoraConfig(r=4, lora_alpha=12, target_modules=["0"]), "default")
+    freeze(base[0].base_layer)
+    layer = base[0].eval()
+    torch.nn.init.normal_(layer.lora_B["default"].weight, generator=generator)
+    x = torch.randn(2, 13, 96, generator=generator).requires_grad_(known)
+    upstream = torch.randn(2, 13, 200, generator=generator)
+    wanted = [*([x] if known else []), layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    results = []
+    for kind in (peft.tuners.lora.Linear, LoraLinear):
+        layer.__class__ = kind
+        out = layer(x)
+        assert (type(out.grad_fn).__name__ == "_AdaptedBackward") == (kind is LoraLinear)
+        results.append([out.detach(), *torch.autograd.grad(out, wanted, upstream)])
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6 * theirs.abs().max().item())
+    tuner.disable_adapter_layers()
+    assert torch.equal(layer(x), layer.base_layer(x))
+
+
+def test_every_layer_of_a_model_computes_so(tiny):
+    backend = attached(tiny)
+    adapted = [module for module in backend.model.modules() if isinstance(module, peft.tuners.lora.Linear)]
+    assert {type(module) for module in adapted} == {LoraLinear}
+    ids = torch.arange(5, 40)[None]
+    names = set()
+
+    def collect(node):
+        if node is not None and node not in names:
+            names.add(node)
+            for following, _ in node.next_functions:
+                collect(following)
+
+    collect(backend.model.model(ids).last_hidden_state.grad_fn)
+    found = sum(type(node).__name__ == "_AdaptedBackward" for node in names)
+    assert found == len(adapted) > 0
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 """PEFT's LoRA layers on a transformers model, and the flat vector that holds every trainable number.
 
-PEFT computes the layers. The masters are one float32 vector, as in `backends/mlx/lora.py`, so that clipping and AdamW are a few
-operations instead of a few for each of 336 matrices. PEFT's matrices are views: of the masters themselves in float32, else of
-a copy in the model's dtype that `refresh` brings up to date.
+PEFT makes the layers, and `products.py` computes them. The masters are one float32 vector, as in `backends/mlx/lora.py`, so
+that clipping and AdamW are a few operations instead of a few for each of 336 matrices. PEFT's matrices are views: of the
+masters themselves in float32, else of a copy in the model's dtype that `refresh` brings up to date.
 """
 
 import contextlib
@@ -15,8 +15,7 @@ import torch.nn as nn
 from peft import LoraConfig, LoraModel
 
 from mlx_fish.adapter import Arrays, LoraSpec, key_a, key_b
-
-ADAPTER = "default"
+from mlx_fish.backends.torch.products import ADAPTER, LoraLinear
 
 
 class KeyedDropout(nn.Module):
@@ -121,9 +120,11 @@ class LoraLayers:
         tuner = LoraModel(self.model, config, ADAPTER, low_cpu_mem_usage=True)  # draws no start of its own
         for module, a, b in zip(self.spec.layers, self.matrices[::2], self.matrices[1::2], strict=True):
             layer = self.model.get_submodule(module)
+            layer.__class__ = LoraLinear  # the same parameters under the same names
             layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight = a, b
             layer.scaling[ADAPTER] = self.spec.scales[module]
             if self.spec.dropout:
                 layer.lora_dropout[ADAPTER] = KeyedDropout(self.spec.dropout, self._generator)
                 self._dropouts.append(layer.lora_dropout[ADAPTER])
+        self.model.eval()  # PEFT's new modules call themselves training
         return tuner

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from mlx_fish.backends.torch.products import linear
+
 CHUNK_BYTES = 32 << 20  # of float32 logits held at a time
 MIN_CHUNK = 1024
 
@@ -42,13 +44,13 @@ def token_losses(
     blend = torch.zeros(hidden.shape, device=hidden.device) if with_gradient else None
     for start in range(0, weight.shape[0], chunk):
         rows = weight[start : start + chunk]
-        logits = (hidden @ rows.T).float()
+        logits = linear(hidden, rows).float()
         new_top = torch.maximum(top, logits.amax(dim=-1, keepdim=True))
         factors = logits.sub_(new_top).exp_()  # in place: this is the largest tensor of a step
         decay = torch.exp(top - new_top)  # 0 in the first chunk, where nothing is there to rescale
         total = total * decay + factors.sum(dim=-1, keepdim=True)
         if blend is not None:
-            blend.mul_(decay).add_(factors.to(rows.dtype) @ rows)
+            blend.mul_(decay).add_(linear(factors.to(rows.dtype), rows.T))
         top = new_top
     target_rows = weight[targets].float()
     target_logits = (hidden.float() * target_rows).sum(dim=-1)

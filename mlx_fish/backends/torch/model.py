@@ -8,6 +8,7 @@ import torch.nn as nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
+from mlx_fish.backends.torch.products import freeze
 from mlx_fish.errors import FishError
 from mlx_fish.model_folder import ModelFolder
 
@@ -58,7 +59,7 @@ def load_model(folder: ModelFolder, device: torch.device) -> nn.Module:
     if missing:  # transformers would go on with random values
         raise FishError(f"{folder.path} has no {missing[0]}, which its config.json asks for; fetch it again.")
     model.eval()
-    model.requires_grad_(False)
+    freeze(model)
     loaded: nn.Module = model.to(device)
     return loaded
 
