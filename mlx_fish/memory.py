@@ -1,0 +1,207 @@
+"""What training holds at its peak, part by part, from shapes alone: NumPy and arithmetic, no framework.
+
+An update of LoRA over frozen weights holds, for T positions that are computed (R rows that attention sees as a grid of width W),
+N label slots, width D, inner width I, H query heads, and r the ranks of a block's adapted layers:
+
+always        the weights as they are computed with, and for each of P trainable numbers a master and AdamW's two moments
+until a block's backward, for each block from the first adapted one on (what its vjp needs, floats a position)
+    2 D       the block's input and the middle of its residual stream: RMSNorm's backward
+    D, D      the two normed inputs, where q, k or v, and gate or up, are adapted: a gradient of A is x^T (dy B)
+    D + 2 K   rotated queries, keys, values (K: all key-value heads): attention's backward
+    D         attention's output, where o is adapted
+    2 I       gate and up (SwiGLU's backward recomputes the sigmoid), and I more, their product, where down is adapted
+    sum r     A x of each adapted layer, for B's gradient
+    H W       attention's probabilities, where no fused kernel recomputes them: H R W^2 for the block
+    with --grad-checkpoint a block keeps its input alone, and one block at a time all of the above
+and the largest of what three moments add:
+    the loss ends the forward: logits of a chunk of the vocabulary and what is computed from them, some (N, D) arrays
+    the first block's backward: gradients of wide and narrow arrays and of attention's scores, several in flight at a time,
+        since a framework starts the next operations before the last ones' buffers are free
+    the optimizer: the gradient as one vector, the new masters and moments beside the old
+
+How many arrays are in flight depends on the framework's order of evaluation, so those numbers are measured: see CONSTANTS.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+from mlx_fish.adapter import LoraSpec, block_of
+from mlx_fish.batches import Batch
+from mlx_fish.model_folder import ModelFolder
+
+# backends/mlx/loss.py's, which cannot be imported without MLX; tests/test_memory.py keeps them equal.
+LOSS_CHUNK_BYTES, LOSS_MIN_CHUNK = 32 << 20, 1024
+_HALF = ("BF16", "F16")
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Arrays in flight, counted in arrays of the width named."""
+
+    wide: float  # I, in a block's backward
+    narrow: float  # D, in a block's backward
+    scores: float  # H R W^2, in a block's backward
+    checkpoint: float  # D that a checkpointed block keeps
+    chunks: float  # of float32 logits, in the loss
+    hidden: float  # (N, D) float32, in the loss
+    optimizer: float  # P, beside masters and moments
+    forward: float  # I, in a block's forward without gradients
+
+
+CONSTANTS = Constants(
+    wide=6.0, narrow=6.0, scores=2.3, checkpoint=3.0, chunks=11.0, hidden=4.0, optimizer=6.0, forward=5.0
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a micro-batch costs by: positions computed, attention's grid of rows x width, label slots."""
+
+    tokens: int
+    rows: int
+    width: int
+    labels: int
+
+
+def shape_of(batch: Batch) -> Shape:
+    """The one place that knows how a batch is laid out."""
+    rows, width = batch.inputs.shape
+    return Shape(batch.num_computed, rows, width, len(batch.targets))
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """A base model as its memory and time depend on it.
+
+    Attributes:
+        weight_bytes, block_bytes: all weights, and those of the blocks, in the types that they are computed with.
+        block_parameters: weights of all blocks' linear layers, counted before quantisation.
+        float_bytes: of one activation.
+        fused_attention: attention's backward keeps no scores.
+    """
+
+    hidden: int
+    inner: int
+    heads: int
+    queries: int
+    keys: int
+    vocab: int
+    num_blocks: int
+    weight_bytes: int
+    block_bytes: int
+    block_parameters: int
+    float_bytes: int
+    fused_attention: bool
+
+    @classmethod
+    def of(cls, folder: ModelFolder, *, float_bytes: int | None = None, fused_attention: bool = False) -> "Dimensions":
+        """
+        Args:
+            float_bytes: None: activations and weights stay in the type that is stored; 4: half precision is widened.
+        """
+        config = folder.config
+        hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+        head_width = int(config.get("head_dim") or hidden // heads)
+        tied = bool(config.get("tie_word_embeddings"))
+        sizes = {
+            name: (info.end - info.start) * (2 if info.dtype in _HALF and float_bytes == 4 else 1)
+            for name, info in folder.weights.items()
+            if not (tied and name.startswith("lm_head."))  # the embedding is used twice
+        }
+        return cls(
+            hidden=hidden,
+            inner=int(config["intermediate_size"]),
+            heads=heads,
+            queries=heads * head_width,
+            keys=int(config.get("num_key_value_heads") or heads) * head_width,
+            vocab=int(config["vocab_size"]),
+            num_blocks=1 + max(block_of(module) for module in folder.linear_layers),
+            weight_bytes=sum(sizes.values()),
+            block_bytes=sum(size for name, size in sizes.items() if ".layers." in name),
+            block_parameters=sum(out * into for out, into in folder.linear_layers.values()),
+            float_bytes=float_bytes or (2 if folder.weights["model.norm.weight"].dtype in _HALF else 4),
+            fused_attention=fused_attention,
+        )
+
+    @property
+    def four_bit_bytes(self) -> int:
+        """Of the weights if matrices had 4 bits a number, and each group of 64 a scale and a bias."""
+        matrices = self.block_parameters + self.vocab * self.hidden
+        return int(matrices * (0.5 + 2 * self.float_bytes / 64))
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes held when most is held, by what they are for."""
+
+    weights: int
+    adapter: int
+    activations: int
+    attention: int
+    loss: int
+    framework: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, item.name) for item in fields(self))
+
+
+def peak_of(
+    model: Dimensions, spec: LoraSpec, shape: Shape, *, grad_checkpoint: bool, constants: Constants = CONSTANTS
+) -> Peak:
+    """The most that an update over one micro-batch of this shape holds."""
+    blocks = _adapted_blocks(model, spec)
+    scores = 0 if model.fused_attention else model.float_bytes * model.heads * shape.rows * shape.width**2
+    position = model.float_bytes * shape.tokens
+    whole = [position * _kept_floats(model, spec, block) for block in blocks]
+    if grad_checkpoint:
+        kept = int(position * constants.checkpoint * model.hidden * len(blocks))
+        kept_scores, inside, inside_scores = 0, max(whole), scores
+    else:
+        kept, kept_scores, inside, inside_scores = sum(whole), scores * len(blocks), 0, 0
+    state, vector = 12 * spec.num_parameters, 4 * spec.num_parameters
+    in_flight = position * (constants.wide * model.inner + constants.narrow * model.hidden)
+    moments = (
+        Peak(model.weight_bytes, state, kept, kept_scores, _loss_bytes(model, shape, constants)),
+        Peak(
+            model.weight_bytes,
+            state,
+            int(kept + inside + in_flight),
+            int(kept_scores + inside_scores + constants.scores * scores),
+            0,
+        ),
+        Peak(model.weight_bytes, int(state + constants.optimizer * vector), 0, 0, 0),
+    )
+    return max(moments, key=lambda peak: peak.total)
+
+
+def forward_peak_of(model: Dimensions, spec: LoraSpec, shape: Shape, *, constants: Constants = CONSTANTS) -> Peak:
+    """The most that a validation batch holds: one block's arrays at a time, then the loss without its gradient."""
+    scores = 0 if model.fused_attention else model.float_bytes * model.heads * shape.rows * shape.width**2
+    position = model.float_bytes * shape.tokens
+    state = 12 * spec.num_parameters
+    moments = (
+        Peak(model.weight_bytes, state, position * model.hidden, 0, _loss_bytes(model, shape, constants)),
+        Peak(
+            model.weight_bytes, state, int(position * constants.forward * model.inner), int(constants.scores * scores), 0
+        ),
+    )
+    return max(moments, key=lambda peak: peak.total)
+
+
+def _adapted_blocks(model: Dimensions, spec: LoraSpec) -> Iterable[int]:
+    """Those that the backward pass goes through."""
+    return range(min(map(block_of, spec.layers)), model.num_blocks)
+
+
+def _kept_floats(model: Dimensions, spec: LoraSpec, block: int) -> int:
+    """What one block keeps a position for its backward."""
+    ranks = {module.rsplit(".", 1)[-1]: spec.ranks[module] for module in spec.layers if block_of(module) == block}
+    floats = 2 * model.hidden + model.queries + 2 * model.keys + 2 * model.inner + sum(ranks.values())
+    floats += model.hidden * (bool({"q_proj", "k_proj", "v_proj"} & set(ranks)) + bool({"gate_proj", "up_proj"} & set(ranks)))
+    return floats + model.queries * ("o_proj" in ranks) + model.inner * ("down_proj" in ranks)
+
+
+def _loss_bytes(model: Dimensions, shape: Shape, constants: Constants) -> int:
+    chunk = min(model.vocab, max(LOSS_MIN_CHUNK, LOSS_CHUNK_BYTES // (4 * shape.labels)))
+    return int(4 * shape.labels * (constants.chunks * chunk + constants.hidden * model.hidden))
