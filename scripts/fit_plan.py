@@ -1,7 +1,7 @@
 """Measure what training really holds, beside what `mlx-fish plan` says, and fit the few constants of mlx_fish/memory.py anew.
 
-    python scripts/fit_plan.py                      # a table: measured and expected peaks
-    python scripts/fit_plan.py --fit --json fit.json  # also the constants that fit best
+    python scripts/fit_plan.py        # a table: measured and expected peaks
+    python scripts/fit_plan.py --fit  # also the constants that fit best
 
 Random models of several shapes are trained for two updates by the MLX backend, those of each model in a process of its own. A peak is
 MLX's own count (`mx.get_peak_memory`), which does not depend on how fast or busy the machine is.
@@ -10,11 +10,10 @@ MLX's own count (`mx.get_peak_memory`), which does not depend on how fast or bus
 import argparse
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import numpy as np
 
 from mlx_fish.adapter import LoraSpec, choose_layers, initial_arrays
 from mlx_fish.batches import Batch, make_batch
-from mlx_fish.memory import CONSTANTS, Constants, Dimensions, peak_of, shape_of
+from mlx_fish.memory import CONSTANTS, Constants, Dimensions, forward_peak_of, peak_of, shape_of
 from mlx_fish.model_folder import ModelFolder
 from mlx_fish.template import Tokens
 from mlx_fish.tensors import write_shards
@@ -39,7 +38,7 @@ QUANTIZED = "-4bit"
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One measurement: a model and what is trained on it. `labels` is the share of each row that is supervised."""
+    """One measurement: a model and what is trained on it, or validated. `labels` is the share of each row that is supervised."""
 
     model: str
     batch_size: int
@@ -49,6 +48,8 @@ class Setting:
     target: str = "all"
     num_layers: int | None = None
     grad_checkpoint: bool = False
+    dropout: float = 0.0
+    training: bool = True
 
     def batch(self, vocab: int) -> Batch:
         rng = np.random.default_rng(0)
@@ -61,7 +62,7 @@ class Setting:
 
     def spec(self, folder: ModelFolder) -> LoraSpec:
         layers = choose_layers(folder.linear_layers, target=self.target, num_layers=self.num_layers)
-        return LoraSpec.uniform(layers, rank=self.rank, alpha=2 * self.rank)
+        return LoraSpec.uniform(layers, rank=self.rank, alpha=2 * self.rank, dropout=self.dropout)
 
 
 SETTINGS = [
@@ -85,6 +86,7 @@ SETTINGS = [
     Setting("qwen2-wide", 4, 144, rank=128),
     Setting("qwen2-wide", 4, 144, num_layers=6),
     Setting("qwen2-wide", 4, 144, target="q_proj,k_proj,v_proj,o_proj"),
+    Setting("qwen2-wide", 4, 144, dropout=0.1),
     Setting("qwen2-wide", 4, 144, grad_checkpoint=True),
     Setting("qwen2-wide", 2, 512, grad_checkpoint=True),
     Setting("llama", 4, 144),
@@ -94,6 +96,10 @@ SETTINGS = [
     Setting("llama", 4, 144, grad_checkpoint=True),
     Setting("llama", 1, 768, grad_checkpoint=True),
     Setting("llama", 4, 144, target="q_proj,v_proj"),
+    Setting("llama", 4, 256, dropout=0.1),
+    Setting("qwen2", 2, 512, training=False),
+    Setting("qwen2-wide", 2, 512, training=False),
+    Setting("llama", 4, 144, training=False),
 ]
 
 
@@ -178,8 +184,10 @@ def measure(place: Path, settings: list[Setting]) -> Iterator[Measured]:
         batch = setting.batch(folder.config["vocab_size"])
         for _ in range(2):
             backend.reset_peak_memory()
-            result = backend.step([batch], 1e-4, [0])()
-            assert result.updated
+            if setting.training:
+                assert backend.step([batch], 1e-4, [0])().updated
+            else:
+                backend.evaluate(batch)
         yield Measured(setting, weights, backend.peak_memory())
 
 
@@ -198,28 +206,89 @@ def measure_in_children(place: Path, settings: list[Setting]) -> Iterator[Measur
 
 
 def expected(measured: Measured, place: Path, constants: Constants = CONSTANTS) -> int:
-    """What memory.py says of the same update."""
+    """What memory.py says of the same update, in bytes."""
+    return _expecting(measured, place)(constants)
+
+
+def _expecting(measured: Measured, place: Path) -> Callable[[Constants], int]:
     folder, setting = make_folder(place, measured.setting.model), measured.setting
-    model = Dimensions.of(folder, float_bytes=4)
+    model, spec = Dimensions.of(folder, float_bytes=4), setting.spec(folder)
     shape = shape_of(setting.batch(model.vocab))
-    spec = setting.spec(folder)
-    return peak_of(model, spec, shape, grad_checkpoint=setting.grad_checkpoint, constants=constants).total
+    if not setting.training:
+        return lambda constants: forward_peak_of(model, spec, shape, constants=constants).total
+    return lambda constants: peak_of(
+        model, spec, shape, grad_checkpoint=setting.grad_checkpoint, constants=constants
+    ).total
+
+
+def fit(measured: list[Measured], place: Path) -> Constants:
+    """The constants with the least sum of relative errors' fourth powers, by a descent along one of them at a time.
+
+    Fourth powers, since what is promised is the largest error.
+    """
+    expecting = [(_expecting(found, place), found.peak) for found in measured]
+
+    def error(constants: Constants) -> float:
+        return sum((expect(constants) / peak - 1) ** 4 for expect, peak in expecting)
+
+    best, step = CONSTANTS, 0.25
+    while step > 0.005:
+        before = best
+        for item in dataclasses.fields(Constants):
+            for change in (step, -step):
+                value = max(0.0, getattr(best, item.name) + change * max(1.0, getattr(best, item.name)))
+                trial = dataclasses.replace(best, **{item.name: value})
+                best = min(best, trial, key=error)
+        if best == before:
+            step /= 2
+    return best
+
+
+def table(measured: list[Measured], place: Path, constants: Constants) -> str:
+    """Markdown: each setting, its peak measured and expected, and by how much the two differ, also without the weights."""
+    lines = [
+        "| model | rows x tokens | labels | rank | layers | checkpointing | weights | measured | expected | error | above weights |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for found in measured:
+        setting, said = found.setting, expected(found, place, constants)
+        layers = setting.target if setting.num_layers is None else f"last {setting.num_layers} blocks"
+        checkpointing = ("on" if setting.grad_checkpoint else "off") if setting.training else "validation"
+        dropout = f", dropout {setting.dropout}" if setting.dropout else ""
+        lines.append(
+            f"| {setting.model} | {setting.batch_size} x {setting.length} | {setting.labels:.0%} | {setting.rank} | {layers}{dropout} | "
+            f"{checkpointing} | {found.weights / 1e6:.0f} MB | {found.peak / 1e6:.0f} MB | {said / 1e6:.0f} MB | "
+            f"{said / found.peak - 1:+.1%} | {(said - found.weights) / (found.peak - found.weights) - 1:+.1%} |"
+        )
+    worst = max(abs(expected(found, place, constants) / found.peak - 1) for found in measured)
+    return "\n".join([*lines, "", f"{len(measured)} settings, the largest error {worst:.1%}"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fit", action="store_true", help="find the constants anew")
-    parser.add_argument("--json", type=Path, help="where the measurements go; with --fit they are read from there if it exists")
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--fit", action="store_true", help="find the constants anew, and show the table with them")
+    parser.add_argument("--json", type=Path, help="keep the measurements here; those in it already are not made again")
+    parser.add_argument("--folder", type=Path, help="keep the random models here")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        for found in measure(Path(options.folder), [Setting(**values) for values in json.loads(options.child)]):
+        for found in measure(options.folder, [Setting(**values) for values in json.loads(options.child)]):
             print(json.dumps(dataclasses.asdict(found)), flush=True)
         return
-    os.environ["MLX_FISH_BACKEND"] = "mlx"
-    with tempfile.TemporaryDirectory() as place:
-        print("measuring")
+    known = json.loads(options.json.read_text()) if options.json and options.json.is_file() else []
+    measured = [Measured(Setting(**found["setting"]), found["weights"], found["peak"]) for found in known]
+    with tempfile.TemporaryDirectory() as temporary:
+        place = options.folder or Path(temporary)
+        missing = [setting for setting in SETTINGS if setting not in [found.setting for found in measured]]
+        for found in measure_in_children(place, missing):
+            print(f"{found.setting}: {found.peak / 1e6:.0f} MB", file=sys.stderr)
+            measured.append(found)
+            if options.json:
+                options.json.write_text(json.dumps([dataclasses.asdict(each) for each in measured], indent=1))
+        constants = fit(measured, place) if options.fit else CONSTANTS
+        print(table(measured, place, constants))
+        if options.fit:
+            print("\n" + "\n".join(f"{name}={value:.2f}" for name, value in dataclasses.asdict(constants).items()))
 
 
 if __name__ == "__main__":
