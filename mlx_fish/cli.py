@@ -139,23 +139,24 @@ def train_settings(config_file: Path | None, flags: dict[str, Any]) -> dict[str,
     return settings | {name: value for name, value in flags.items() if value is not None}
 
 
-class Memory(click.ParamType):
+def memory_size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
     """`16GB` -> bytes."""
+    from mlx_fish.machine import parse_memory
 
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        from mlx_fish.machine import parse_memory
-
-        try:
-            return parse_memory(value)
-        except ValueError:
-            self.fail(f"{value!r} is no size; one such as 16GB was expected.", param, ctx)
+    try:
+        return None if value is None else parse_memory(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is no size; one such as 16GB was expected.") from error
 
 
 @main.command()
 @train_options
-@click.option("--memory", type=Memory(), help="Plan for a machine with so much, such as 16GB.  [default: this one's]")
+@click.option(
+    "--memory",
+    callback=memory_size,
+    metavar="SIZE",
+    help="Plan for a machine with so much, such as 16GB.  [default: this one's]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def plan(config_file: Path | None, memory: int | None, as_json: bool, **flags: Any) -> None:
     """Tell what `train` with the same options would take: memory by part, whether it fits, the time."""

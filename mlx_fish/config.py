@@ -26,7 +26,9 @@ def setting(
 ) -> Any:
     """A field with what the command line needs: its help, other names, its choices, what the flag without a value means, the
     smallest value allowed."""
-    return field(default=default, metadata={"help": help, "also": also, "choices": choices, "bare": bare, "least": least})
+    return field(
+        default=default, metadata={"help": help, "also": also, "choices": choices, "bare": bare, "least": least}
+    )
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,9 @@ from typing import Literal
 
 import numpy as np
 
-USABLE = 0.8  # of what may be held: the rest is for the buffers that the allocator keeps, the display and other programs
+USABLE = (
+    0.8  # of what may be held: the rest is for the buffers that the allocator keeps, the display and other programs
+)
 GB = 10**9
 GIB = 1 << 30
 

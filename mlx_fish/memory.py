@@ -170,17 +170,24 @@ def peak_of(
     position, scores = model.float_bytes * shape.tokens, _scores_bytes(model, shape)
     whole = [position * _kept_floats(model, spec, block, constants) for block in blocks]
     narrow, state = position * model.hidden, 12 * spec.num_parameters
+    kept: float
     if grad_checkpoint:
         kept, kept_scores = narrow * len(blocks), 0
         backward = narrow * constants.inputs * len(blocks) + max(whole)
         backward += position * constants.wide_again * model.inner
         backward_scores = (1 + constants.scores) * scores
     else:
-        kept, kept_scores = sum(whole), scores * len(blocks)
+        kept, kept_scores = math.fsum(whole), scores * len(blocks)
         backward = kept + position * constants.wide * model.inner + constants.narrow * narrow
         backward_scores = kept_scores + constants.scores * scores
     moments = (
-        Peak(model.weight_bytes, state, int(kept), kept_scores, _loss_bytes(model, shape, constants.chunks, constants.spread)),
+        Peak(
+            model.weight_bytes,
+            state,
+            int(kept),
+            kept_scores,
+            _loss_bytes(model, shape, constants.chunks, constants.spread),
+        ),
         Peak(model.weight_bytes, state, int(backward), int(backward_scores), 0),
         Peak(model.weight_bytes, int(state + 4 * constants.optimizer * spec.num_parameters), 0, 0, 0),
     )

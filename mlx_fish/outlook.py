@@ -92,7 +92,9 @@ class Outlook:
         every = self.job.config.eval_every
         validations = 2 if every is None else 2 + self.job.iters // every
         for shape in self.validation_shapes:
-            total += validations * (seconds_of(work_of(self.model, self.job.spec, shape, training=False), self.machine) or 0.0)
+            total += validations * (
+                seconds_of(work_of(self.model, self.job.spec, shape, training=False), self.machine) or 0.0
+            )
         return total
 
     def fits(self, shape: Shape, *, grad_checkpoint: bool) -> bool:

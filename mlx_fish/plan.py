@@ -13,7 +13,7 @@ from mlx_fish.config import TrainConfig
 from mlx_fish.errors import FishError
 from mlx_fish.hub import find_model
 from mlx_fish.job import Job, describe, load_data, make_job
-from mlx_fish.machine import MAC_MINIS, Machine, this_machine
+from mlx_fish.machine import GIB, MAC_MINIS, Machine, this_machine
 from mlx_fish.memory import Peak, Shape
 from mlx_fish.outlook import Largest, Outlook
 from mlx_fish.report import say
@@ -37,7 +37,7 @@ def plan(config: TrainConfig, *, memory: int | None = None) -> tuple["Plan", lis
     describe(job)
     machine = this_machine(choose_backend(config.backend))
     if memory is not None:
-        machine = replace(machine, memory=memory)
+        machine = replace(machine, name=f"a machine with {memory / GIB:g} GB", memory=memory)
     return make_plan(job, machine), mac_minis(job)
 
 
@@ -193,9 +193,9 @@ def _advice(outlook: Outlook, grad_checkpoint: bool) -> Iterator[str]:
                 smaller = "" if size == config.batch_size else f"--batch-size 1 --grad-accumulation {rows} "
                 yield f"{also}{smaller}--max-seq-length {length}"
                 break
-    if outlook.backend == "mlx" and not outlook.job.folder.quantization:
-        if outlook.fits_in_four_bits(grad_checkpoint=grad_checkpoint):
-            yield "a base in 4 bits (`mlx-fish convert -q 4`)"
+    plain = outlook.backend == "mlx" and not outlook.job.folder.quantization
+    if plain and outlook.fits_in_four_bits(grad_checkpoint=grad_checkpoint):
+        yield "a base in 4 bits (`mlx-fish convert -q 4`)"
 
 
 def as_json(plan: Plan, minis: list[Plan]) -> dict[str, Any]:
@@ -231,7 +231,7 @@ def text(plan: Plan, minis: list[Plan]) -> str:
     worst = plan.worst
     lines = [
         f"peak memory {size_text(plan.peak.total):>13}   {_verdict(plan)}",
-        *(f"  {title:18}{size_text(size):>7}" for title, size in _parts(plan.peak)),
+        *(f"  {title:18}{size:>7}" for title, size in _parts(plan.peak)),
         f"  at its largest micro-batch: {worst.rows} rows of up to {worst.width} tokens, {worst.tokens} computed, {worst.labels} labels"
         f"{', blocks computed twice (--grad-checkpoint on)' if plan.grad_checkpoint else ''}",
     ]
@@ -273,6 +273,7 @@ def _time(plan: Plan) -> str:
     return f"about {duration(plan.seconds)}, an estimate from operations and bytes at {speed}"
 
 
-def _parts(peak: Peak) -> list[tuple[str, int]]:
-    """The parts that take anything, by their titles."""
-    return [(title, getattr(peak, name)) for name, title in PARTS.items() if getattr(peak, name)]
+def _parts(peak: Peak) -> list[tuple[str, str]]:
+    """Every part by its title; some hold nothing at the moment when most is held."""
+    sizes = [(title, getattr(peak, name)) for name, title in PARTS.items() if name != "framework" or peak.framework]
+    return [(title, size_text(size) if size else "freed by then") for title, size in sizes]

@@ -32,7 +32,9 @@ def work_of(
     passes = 1 + reached + (reached if grad_checkpoint else 0.0)
     products = 2 * shape.tokens * model.block_parameters
     low_rank = 2 * shape.tokens * spec.num_parameters * (3 if training else 1)
-    scores = 2 * model.queries * shape.rows * shape.width**2  # the operations of one product with (W, W) for each head and row
+    scores = (
+        2 * model.queries * shape.rows * shape.width**2
+    )  # the operations of one product with (W, W) for each head and row
     logits = shape.labels * model.vocab
     head_bytes = (model.weight_bytes - model.block_bytes) * (1 + training) + 4 * logits * (4 if training else 2)
     wide = model.float_bytes * shape.tokens * (3 * model.inner + 8 * model.hidden) * model.num_blocks

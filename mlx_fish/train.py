@@ -69,9 +69,7 @@ def train(config: TrainConfig, *, dry_run: bool = False, force: bool = False) ->
     return output
 
 
-def resume(
-    settings: dict[str, Any], checkpoint: str = NEWEST, *, dry_run: bool = False, force: bool = False
-) -> Path:
+def resume(settings: dict[str, Any], checkpoint: str = NEWEST, *, dry_run: bool = False, force: bool = False) -> Path:
     """Go on with a run as if it had never stopped: the same losses and the same adapter, to the bit.
 
     Args:

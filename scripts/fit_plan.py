@@ -216,9 +216,9 @@ def _expecting(measured: Measured, place: Path) -> Callable[[Constants], int]:
     shape = shape_of(setting.batch(model.vocab))
     if not setting.training:
         return lambda constants: forward_peak_of(model, spec, shape, constants=constants).total
-    return lambda constants: peak_of(
-        model, spec, shape, grad_checkpoint=setting.grad_checkpoint, constants=constants
-    ).total
+    return lambda constants: (
+        peak_of(model, spec, shape, grad_checkpoint=setting.grad_checkpoint, constants=constants).total
+    )
 
 
 def fit(measured: list[Measured], place: Path) -> Constants:

@@ -59,7 +59,9 @@ def test_no_framework_is_imported_by_the_rooms():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize(("text", "size"), [("16GB", 16 * GIB), ("16 GiB", 16 * GIB), ("512m", 512 << 20), ("1.5g", 3 * GIB // 2)])
+@pytest.mark.parametrize(
+    ("text", "size"), [("16GB", 16 * GIB), ("16 GiB", 16 * GIB), ("512m", 512 << 20), ("1.5g", 3 * GIB // 2)]
+)
 def test_sizes(text, size):
     assert parse_memory(text) == size
 
