@@ -241,7 +241,7 @@ def text(plan: Plan, minis: list[Plan]) -> str:
         off, on = plan.largest
         lines += [
             "",
-            f"{'largest that fits':22}{'now':>10}{'with --grad-checkpoint on':>28}",
+            f"{'largest that fits':22}{'without':>10}{'with --grad-checkpoint on':>28}",
             f"  {'--batch-size':20}{off.batch_size:>10,}{on.batch_size:>28,}",
             f"  {'tokens in a row':20}{off.length:>10,}{on.length:>28,}",
         ]
