@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from conftest import ROOT
 
-from mlx_fish.adapter import LoraSpec, choose_layers
+from mlx_fish.adapter import LoraSpec, block_of, choose_layers
 from mlx_fish.memory import Dimensions, Shape, forward_peak_of, peak_of, shape_of
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -82,6 +82,11 @@ def test_blocks_below_the_first_adapted_one_keep_nothing(tiny, model, spec):
 
 def test_a_validation_holds_less_than_an_update(model, spec):
     assert forward_peak_of(model, spec, SHAPE).total < peak_of(model, spec, SHAPE, grad_checkpoint=False).total
+
+
+def test_layers_are_adapted_in_the_models_order_whatever_the_files():
+    shuffled = {f"model.layers.{block}.mlp.up_proj": (4, 4) for block in (9, 0, 10, 2, 1)}
+    assert [block_of(module) for module in choose_layers(shuffled)] == [0, 1, 2, 9, 10]
 
 
 def test_a_shape_is_that_of_its_batch():
