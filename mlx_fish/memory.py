@@ -53,7 +53,7 @@ class Constants:
 
 
 # Fitted by `python scripts/fit_plan.py --fit` to MLX 0.32.4 on a CPU, float32, 24 November 2026.
-# The largest error over its 34 settings was 8.6 %, most are below 4 %.
+# The largest error over its 34 settings was 8.6 %, most are below 4 %; one peak moved by 7 % with the threads' timing.
 CONSTANTS = Constants(
     wide=6.1,
     narrow=12.4,

@@ -4,7 +4,7 @@
     python scripts/fit_plan.py --fit  # also the constants that fit best
 
 Random models of several shapes are trained for two updates by the MLX backend, those of each model in a process of its own. A peak is
-MLX's own count (`mx.get_peak_memory`), which does not depend on how fast or busy the machine is.
+MLX's own count (`mx.get_peak_memory`), which depends little on how busy the machine is.
 """
 
 import argparse
