@@ -102,7 +102,7 @@ def choose_layers(
     """The layers to adapt.
 
     Args:
-        linear_layers: every linear layer of every block (`ModelFolder.linear_layers`).
+        linear_layers: every linear layer of every block, in any order (`ModelFolder.linear_layers`).
         target: `all`, or names such as `q_proj,v_proj`.
         num_layers: adapt only the last so many blocks.
     """
@@ -118,9 +118,11 @@ def choose_layers(
     if num_layers is not None and not 1 <= num_layers <= num_blocks:
         raise FishError(f"--num-layers {num_layers}: the model has {num_blocks} layers; give 1 to {num_blocks}.")
     first = num_blocks - num_layers if num_layers else 0
+    # A file may hold its tensors in any order. MLX computes gradients in the order of the layers, and out of the model's order keeps
+    # what checkpointing computed again: 1.43 GB above the weights instead of 0.42 GB for Qwen2-0.5B, 4 rows of 144 tokens.
     return {
         module: shape
-        for module, shape in linear_layers.items()
+        for module, shape in sorted(linear_layers.items(), key=lambda item: block_of(item[0]))
         if block_of(module) >= first and ("all" in wanted or module.rsplit(".", 1)[-1] in wanted)
     }
 

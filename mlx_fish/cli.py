@@ -118,22 +118,58 @@ def train_options(command: Callable[..., None]) -> Callable[..., None]:
         if item.default is not None and kind is not bool and "[default" not in help_text:
             help_text += f"  [default: {item.default:g}]" if kind is float else f"  [default: {item.default}]"
         flags = [flag_name(item.name), *(flag_name(name) for name in item.metadata["also"])]
-        choices = item.metadata["choices"]
+        choices, bare = item.metadata["choices"], item.metadata["bare"]
         if kind is bool:
             if item.default:
                 flags[0] += f"/--no-{flags[0].removeprefix('--')}"
             option = click.option(*flags, item.name, is_flag=True, default=None, help=help_text)
+        elif bare:
+            option = click.option(
+                *flags, item.name, type=click.Choice(choices), is_flag=False, flag_value=bare, help=help_text
+            )
         else:
             option = click.option(*flags, item.name, type=click.Choice(choices) if choices else kind, help=help_text)
         command = option(command)
-    return command
+    return click.option(
+        "--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings; flags override it."
+    )(command)
+
+
+def train_settings(config_file: Path | None, flags: dict[str, Any]) -> dict[str, Any]:
+    """What a YAML file sets, and what flags set above it."""
+    settings = read_yaml(config_file) if config_file else {}
+    return settings | {name: value for name, value in flags.items() if value is not None}
+
+
+def memory_size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """`16GB` -> bytes."""
+    from mlx_fish.machine import parse_memory
+
+    try:
+        return None if value is None else parse_memory(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is no size; one such as 16GB was expected.") from error
 
 
 @main.command()
 @train_options
 @click.option(
-    "--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings; flags override it."
+    "--memory",
+    callback=memory_size,
+    metavar="SIZE",
+    help="Plan for a machine with so much, such as 16GB.  [default: this one's]",
 )
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def plan(config_file: Path | None, memory: int | None, as_json: bool, **flags: Any) -> None:
+    """Tell what `train` with the same options would take: memory by part, whether it fits, the time."""
+    from mlx_fish import plan as room
+
+    found, minis = room.plan(TrainConfig(**train_settings(config_file, flags)), memory=memory)
+    click.echo(json.dumps(room.as_json(found, minis)) if as_json else room.text(found, minis))
+
+
+@main.command()
+@train_options
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would be trained, and write nothing.")
 @click.option(
     "--resume",
@@ -143,19 +179,19 @@ def train_options(command: Callable[..., None]) -> Callable[..., None]:
     metavar="[CHECKPOINT]",
     help="Go on with the run in --output-dir, with its own settings, from its newest whole checkpoint or the one named.",
 )
-def train(config_file: Path | None, dry_run: bool, resume: str | None, **flags: Any) -> None:
+@click.option("--force", is_flag=True, help="Train even what `mlx-fish plan` says cannot fit in memory.")
+def train(config_file: Path | None, dry_run: bool, resume: str | None, force: bool, **flags: Any) -> None:
     """Tune a model with LoRA; writes a PEFT adapter."""
-    settings = read_yaml(config_file) if config_file else {}
-    settings.update({name: value for name, value in flags.items() if value is not None})
+    settings = train_settings(config_file, flags)
     config = TrainConfig(**settings)
     if resume is not None and config.overwrite:
         raise click.UsageError("--resume goes on with a run, --overwrite replaces it; give one of the two.")
     from mlx_fish import train as room
 
     if resume is None:
-        room.train(config, dry_run=dry_run)
+        room.train(config, dry_run=dry_run, force=force)
     else:
-        room.resume(settings, resume, dry_run=dry_run)
+        room.resume(settings, resume, dry_run=dry_run, force=force)
 
 
 @main.command()

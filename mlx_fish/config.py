@@ -12,13 +12,23 @@ from mlx_fish.errors import FishError, did_you_mean
 
 SCHEDULES = ("linear", "cosine", "constant")
 BACKENDS = ("auto", "mlx", "torch")
+SWITCH = ("auto", "on", "off")
 
 
 def setting(
-    default: Any, help: str, *, also: tuple[str, ...] = (), choices: tuple[str, ...] = (), least: float | None = None
+    default: Any,
+    help: str,
+    *,
+    also: tuple[str, ...] = (),
+    choices: tuple[str, ...] = (),
+    bare: str | None = None,
+    least: float | None = None,
 ) -> Any:
-    """A field with what the command line needs: its help, other names, its choices, the smallest value allowed."""
-    return field(default=default, metadata={"help": help, "also": also, "choices": choices, "least": least})
+    """A field with what the command line needs: its help, other names, its choices, what the flag without a value means, the
+    smallest value allowed."""
+    return field(
+        default=default, metadata={"help": help, "also": also, "choices": choices, "bare": bare, "least": least}
+    )
 
 
 @dataclass(frozen=True)
@@ -53,13 +63,13 @@ class TrainConfig:
     max_seq_length: int = setting(
         2048, "Longest row in tokens; a longer one is cut, and reported.", also=("cutoff_len",), least=2
     )
-    packing: bool = setting(
-        True, "Lay the rows of a batch end to end, without padding; each attends to itself alone.", also=()
-    )
-    grad_checkpoint: bool = setting(
-        False,
-        "Keep no activations, compute them again in the backward pass: slower, in far less memory.",
+    packing: bool = setting(True, "Lay the rows of a batch end to end, without padding; each attends to itself alone.")
+    grad_checkpoint: str = setting(
+        "auto",
+        "Keep no activations, compute them again in the backward pass: slower, in far less memory; auto: when memory needs it.",
         also=("gradient_checkpointing",),
+        choices=SWITCH,
+        bare="on",
     )
     template: str = setting(
         "auto", "Prompt format: auto, chat (the tokenizer's own), alpaca, qwen, chatml, default, empty."
@@ -163,8 +173,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _from_yaml(name: str, value: Any) -> Any:
-    """YAML reads 1e-4 as text and 3 as an integer where a number is wanted."""
-    kind = kind_of(next(item for item in dataclasses.fields(TrainConfig) if item.name == name))
+    """YAML reads 1e-4 as text, 3 as an integer where a number is wanted, and `on` as true."""
+    item = next(item for item in dataclasses.fields(TrainConfig) if item.name == name)
+    kind = kind_of(item)
+    if item.metadata["choices"] == SWITCH and isinstance(value, bool):
+        return "on" if value else "off"
     if kind is float and not isinstance(value, bool):
         try:
             return float(value)

@@ -9,7 +9,7 @@ from functools import cached_property
 from mlx_fish.adapter import LoraSpec, choose_layers
 from mlx_fish.batches import Updates, padding_share
 from mlx_fish.config import TrainConfig
-from mlx_fish.data import Dataset, Example, Mistakes
+from mlx_fish.data import Dataset, Example, Mistakes, load_dataset
 from mlx_fish.errors import FishError
 from mlx_fish.model_folder import ModelFolder
 from mlx_fish.report import say
@@ -49,6 +49,20 @@ class Job:
         return digest.hexdigest()
 
 
+def load_data(config: TrainConfig) -> Dataset:
+    """The data set, with rows to train on."""
+    dataset = load_dataset(config.data, skip_bad_rows=config.skip_bad_rows)
+    if not dataset.splits["train"]:
+        raise _no_rows(config)
+    return dataset
+
+
+def _no_rows(config: TrainConfig) -> FishError:
+    return FishError(
+        f"--data {config.data} has no training rows (a single file is split 80/10/10 by content); add rows."
+    )
+
+
 def make_job(config: TrainConfig, folder: ModelFolder, dataset: Dataset) -> Job:
     """Tokenise, choose the layers and count the updates. Loads a tokenizer, no model.
 
@@ -64,9 +78,7 @@ def make_job(config: TrainConfig, folder: ModelFolder, dataset: Dataset) -> Job:
     if not config.skip_bad_rows:
         skipped.refuse()
     if not rows:
-        raise FishError(
-            f"--data {config.data} has no training rows (a single file is split 80/10/10 by content); add rows."
-        )
+        raise _no_rows(config)
     updates = Updates(
         rows,
         batch_size=config.batch_size,

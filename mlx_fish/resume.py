@@ -107,6 +107,8 @@ def continued(point: Point, settings: dict[str, Any]) -> TrainConfig:
         FishError: one that is asked for differs from the run's own, and would change what is trained.
     """
     recorded = point.record["settings"]
+    if settings.get("grad_checkpoint") == "auto":  # decided when the run began
+        settings = {name: value for name, value in settings.items() if name != "grad_checkpoint"}
     changes = [
         f"{flag_name(name)} {value} (it was {recorded.get(name)})"
         for name, value in settings.items()

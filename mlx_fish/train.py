@@ -18,12 +18,13 @@ from mlx_fish.backends import Backend, Sampling, choose_backend, is_out_of_memor
 from mlx_fish.batches import Batch, fixed_batches
 from mlx_fish.checkpoint import newest_valid, save_checkpoint
 from mlx_fish.config import TrainConfig
-from mlx_fish.data import Dataset, Turn, load_dataset
+from mlx_fish.data import Turn
 from mlx_fish.errors import FishError
 from mlx_fish.files import write_json, write_text
 from mlx_fish.hub import find_model
-from mlx_fish.job import Job, describe, end_ids, make_job
+from mlx_fish.job import Job, describe, end_ids, load_data, make_job
 from mlx_fish.model_card import Tuning, adapter_card, license_of
+from mlx_fish.plan import planned
 from mlx_fish.record import adapter_config, run_record, write_run
 from mlx_fish.report import Report, draw, say
 from mlx_fish.resume import NEWEST, Point, base_of, check_arrays, check_same, continued, find_point, place
@@ -40,11 +41,15 @@ class _NotFiniteError(FishError):
     """The same updates would come to it again, so going on does not help."""
 
 
-def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
+def train(config: TrainConfig, *, dry_run: bool = False, force: bool = False) -> Path:
     """Run the whole of `mlx-fish train`; returns the output folder.
 
+    Args:
+        force: train even what the plan says cannot fit in memory.
+
     Raises:
-        FishError: any mistake in the settings, files or rows, before the model loads; a non-finite loss, naming step and rows.
+        FishError: any mistake in the settings, files or rows, before the model loads; a run that cannot fit in memory; a
+            non-finite loss, naming step and rows.
         Interrupted: Ctrl-C, SIGTERM or SIGHUP; the updates done are in a checkpoint.
     """
     output = Path(config.output_dir)
@@ -52,9 +57,9 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
     check_name(config.template)
     check_free(output, overwrite=config.overwrite)
     with catching() as stop:
-        dataset = _load_data(config)
-        job = make_job(config, find_model(config.model), dataset)
+        job = make_job(config, find_model(config.model), load_data(config))
         describe(job)
+        job = planned(job, force=force)
         if dry_run:
             say("Dry run: nothing was written.")
             return output
@@ -64,7 +69,7 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
     return output
 
 
-def resume(settings: dict[str, Any], checkpoint: str = NEWEST, *, dry_run: bool = False) -> Path:
+def resume(settings: dict[str, Any], checkpoint: str = NEWEST, *, dry_run: bool = False, force: bool = False) -> Path:
     """Go on with a run as if it had never stopped: the same losses and the same adapter, to the bit.
 
     Args:
@@ -79,7 +84,7 @@ def resume(settings: dict[str, Any], checkpoint: str = NEWEST, *, dry_run: bool 
         point = find_point(output, checkpoint)
         config = continued(point, settings)
         choose_backend(config.backend)
-        job = make_job(config, base_of(point, settings), _load_data(config))
+        job = make_job(config, base_of(point, settings), load_data(config))
         check_same(point, job, run_record(job, {}))
         check_arrays(point, job)
         if point.step >= job.iters and point.has_results:
@@ -87,21 +92,13 @@ def resume(settings: dict[str, Any], checkpoint: str = NEWEST, *, dry_run: bool 
             say(f"{output} is complete: it did its {job.iters} updates; a higher --iters would train on.")
             return output
         describe(job)
+        job = planned(job, force=force, resuming=True)
         say(f"  resuming    after {point.step} of {job.iters} updates")
         if dry_run:
             say("Dry run: nothing was written.")
         else:
             _carry_out(job, output, point, stop)
     return output
-
-
-def _load_data(config: TrainConfig) -> Dataset:
-    dataset = load_dataset(config.data, skip_bad_rows=config.skip_bad_rows)
-    if not dataset.splits["train"]:
-        raise FishError(
-            f"--data {config.data} has no training rows (a single file is split 80/10/10 by content); add rows."
-        )
-    return dataset
 
 
 def _carry_out(job: Job, output: Path, point: Point | None, stop: Stop) -> None:
@@ -115,7 +112,7 @@ def _carry_out(job: Job, output: Path, point: Point | None, stop: Stop) -> None:
         prepare(output)
     else:
         clean(output)
-    backend.attach(job.spec, arrays, grad_checkpoint=job.config.grad_checkpoint)
+    backend.attach(job.spec, arrays, grad_checkpoint=job.config.grad_checkpoint == "on")
     if checkpoint is not None:
         backend.restore_optimizer(checkpoint.optimizer, checkpoint.step)
     write_run(job, output, {})

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from mlx_fish.cli import main
 
-COMMANDS = ["convert", "train", "generate", "evaluate", "fuse"]
+COMMANDS = ["convert", "plan", "train", "generate", "evaluate", "fuse"]
 
 
 def run(*arguments, cwd=None):

@@ -1,5 +1,6 @@
 """The MLX backend: Metal on Apple silicon, the same code on a CPU."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 import mlx_fish.backends.mlx.runtime as runtime  # isort: skip
@@ -15,12 +16,22 @@ from mlx_fish.backends.mlx.loss import Head
 from mlx_fish.backends.mlx.model import load_model
 from mlx_fish.backends.mlx.step import State, Step
 from mlx_fish.batches import Batch
+from mlx_fish.machine import USABLE
 from mlx_fish.model_folder import ModelFolder
 
 __all__ = ["Head", "MlxBackend", "runtime"]
 
 # Freed buffers kept for reuse, without holding what other programs need. On a CPU more than this was no faster, measured.
 CACHE_BYTES = (1 << 30) if runtime.on_gpu else (128 << 20)
+
+
+def _wire() -> None:
+    """Keep what is computed with resident, so that macOS does not page weights out between two steps, and leave the rest to the
+    display and other programs: a plan's share of the working set that Metal recommends. Older systems have no such limit."""
+    limit = mx.device_info().get("max_recommended_working_set_size")
+    if isinstance(limit, int) and limit > 0:
+        with contextlib.suppress(ValueError, RuntimeError):
+            mx.set_wired_limit(int(USABLE * limit))
 
 
 class MlxBackend:
@@ -31,6 +42,8 @@ class MlxBackend:
     def __init__(self, folder: ModelFolder, notice: Callable[[str], None] = lambda text: None):
         self.device = "Metal" if runtime.on_gpu and mx.metal.is_available() else "gpu" if runtime.on_gpu else "cpu"
         mx.set_cache_limit(CACHE_BYTES)
+        if self.device == "Metal":
+            _wire()
         self.model, dtype = load_model(folder, notice)
         self.dtype = str(dtype).removeprefix("mlx.core.")
         self._activations = dtype

@@ -1,0 +1,312 @@
+"""Measure what training really holds, beside what `mlx-fish plan` says, and fit the few constants of mlx_fish/memory.py anew.
+
+    python scripts/fit_plan.py        # a table: measured and expected peaks
+    python scripts/fit_plan.py --fit  # also the constants that fit best
+
+Random models of several shapes are trained for two updates by the MLX backend, those of each model in a process of its own. A peak is
+MLX's own count (`mx.get_peak_memory`), which depends little on how busy the machine is.
+"""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_fish.adapter import LoraSpec, choose_layers, initial_arrays
+from mlx_fish.batches import Batch, make_batch
+from mlx_fish.memory import CONSTANTS, Constants, Dimensions, forward_peak_of, peak_of, shape_of
+from mlx_fish.model_folder import ModelFolder
+from mlx_fish.template import Tokens
+from mlx_fish.tensors import write_shards
+
+# name -> config: the two architectures, small vocabularies (where a block decides) and Qwen2's own (where the loss does).
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen2": {"hidden": 256, "inner": 1408, "heads": 4, "kv_heads": 2, "blocks": 8, "vocab": 151_936},
+    "qwen2-narrow": {"hidden": 448, "inner": 704, "heads": 7, "kv_heads": 1, "blocks": 6, "vocab": 320},
+    "qwen2-wide": {"hidden": 256, "inner": 2816, "heads": 4, "kv_heads": 2, "blocks": 12, "vocab": 320},
+    "llama": {"type": "llama", "hidden": 384, "inner": 1024, "heads": 6, "kv_heads": 6, "blocks": 8, "vocab": 32_000},
+}
+QUANTIZED = "-4bit"
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One measurement: a model and what is trained on it, or validated.
+
+    Attributes:
+        labels: the share of each row that is supervised.
+        shortest: the shortest row's length as a share of `length`, the longest one's.
+    """
+
+    model: str
+    batch_size: int
+    length: int
+    labels: float = 0.5
+    rank: int = 8
+    target: str = "all"
+    num_layers: int | None = None
+    grad_checkpoint: bool = False
+    dropout: float = 0.0
+    training: bool = True
+    packing: bool = False
+    shortest: float = 1.0
+
+    def batch(self, vocab: int) -> Batch:
+        rng = np.random.default_rng(0)
+        rows = []
+        for number, share in enumerate(np.linspace(1, self.shortest, self.batch_size)):
+            length = int(share * self.length)
+            supervised = np.arange(length + 1) > length * (1 - self.labels)
+            ids = rng.integers(0, vocab, length + 1).astype(np.int32)
+            rows.append(Tokens(ids, supervised, f"row:{number}", cut=False))
+        return make_batch(rows, packing=self.packing)
+
+    def spec(self, folder: ModelFolder) -> LoraSpec:
+        layers = choose_layers(folder.linear_layers, target=self.target, num_layers=self.num_layers)
+        return LoraSpec.uniform(layers, rank=self.rank, alpha=2 * self.rank, dropout=self.dropout)
+
+
+SETTINGS = [
+    Setting("qwen2", 4, 144),
+    Setting("qwen2", 1, 64),
+    Setting("qwen2", 8, 256),
+    Setting("qwen2", 1, 1024, labels=0.25),
+    Setting("qwen2", 4, 144, rank=64),
+    Setting("qwen2", 4, 144, grad_checkpoint=True),
+    Setting("qwen2", 8, 256, grad_checkpoint=True),
+    Setting("qwen2", 2, 512, labels=0.9, rank=16),
+    Setting("qwen2" + QUANTIZED, 4, 144),
+    Setting("qwen2" + QUANTIZED, 2, 384, rank=32),
+    Setting("qwen2" + QUANTIZED, 4, 144, grad_checkpoint=True),
+    Setting("qwen2-narrow", 4, 144),
+    Setting("qwen2-narrow", 1, 768),
+    Setting("qwen2-narrow", 8, 96, rank=64),
+    Setting("qwen2-narrow", 4, 256, grad_checkpoint=True),
+    Setting("qwen2-wide", 4, 144),
+    Setting("qwen2-wide", 2, 512),
+    Setting("qwen2-wide", 4, 144, rank=128),
+    Setting("qwen2-wide", 4, 144, num_layers=6),
+    Setting("qwen2-wide", 4, 144, target="q_proj,k_proj,v_proj,o_proj"),
+    Setting("qwen2-wide", 4, 144, dropout=0.1),
+    Setting("qwen2-wide", 4, 144, grad_checkpoint=True),
+    Setting("qwen2-wide", 2, 512, grad_checkpoint=True),
+    Setting("llama", 4, 144),
+    Setting("llama", 2, 512),
+    Setting("llama", 16, 64, rank=1),
+    Setting("llama", 4, 144, rank=64),
+    Setting("llama", 4, 144, grad_checkpoint=True),
+    Setting("llama", 1, 768, grad_checkpoint=True),
+    Setting("llama", 4, 144, target="q_proj,v_proj"),
+    Setting("llama", 4, 256, dropout=0.1),
+    Setting("qwen2", 4, 200, packing=True, shortest=0.6),
+    Setting("qwen2", 8, 320, packing=True, shortest=0.4, grad_checkpoint=True),
+    Setting("qwen2" + QUANTIZED, 4, 200, packing=True, shortest=0.6),
+    Setting("qwen2-narrow", 4, 400, packing=True, shortest=0.5),
+    Setting("qwen2-wide", 4, 200, packing=True, shortest=0.7),
+    Setting("qwen2-wide", 4, 320, packing=True, shortest=0.5, grad_checkpoint=True),
+    Setting("llama", 4, 200, packing=True, shortest=0.6),
+    Setting("llama", 8, 160, packing=True, shortest=0.9, rank=32),
+    Setting("llama", 4, 256, packing=True, shortest=0.6, training=False),
+    Setting("qwen2", 2, 512, training=False),
+    Setting("qwen2-wide", 2, 512, training=False),
+    Setting("llama", 4, 144, training=False),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Bytes: the loaded model alone, and the peak of an update (the model included)."""
+
+    setting: Setting
+    weights: int
+    peak: int
+
+
+def make_folder(place: Path, name: str) -> ModelFolder:
+    """A random model of MODELS, quantised to 4 bits when its name says so."""
+    plain = name.removesuffix(QUANTIZED)
+    folder = _write_model(place / plain, MODELS[plain])
+    if name != plain:
+        folder = _quantize(folder, place / name)
+    return ModelFolder(folder, name)
+
+
+def _write_model(folder: Path, shape: dict[str, Any]) -> Path:
+    if (folder / "config.json").is_file():
+        return folder
+    folder.mkdir(parents=True)
+    kind, hidden, inner = shape.get("type", "qwen2"), shape["hidden"], shape["inner"]
+    narrow = hidden // shape["heads"] * shape["kv_heads"]
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape["vocab"], hidden)}
+    for block in range(shape["blocks"]):
+        prefix = f"model.layers.{block}."
+        for name, out, into in (
+            ("self_attn.q_proj", hidden, hidden), ("self_attn.k_proj", narrow, hidden),
+            ("self_attn.v_proj", narrow, hidden), ("self_attn.o_proj", hidden, hidden),
+            ("mlp.gate_proj", inner, hidden), ("mlp.up_proj", inner, hidden), ("mlp.down_proj", hidden, inner),
+        ):  # fmt: skip
+            shapes[f"{prefix}{name}.weight"] = (out, into)
+            if kind == "qwen2" and name[-6:] in ("q_proj", "k_proj", "v_proj"):
+                shapes[f"{prefix}{name}.bias"] = (out,)
+        shapes[f"{prefix}input_layernorm.weight"] = shapes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
+    shapes["model.norm.weight"] = (hidden,)
+    if kind == "llama":
+        shapes["lm_head.weight"] = (shape["vocab"], hidden)
+    rng = np.random.default_rng(0)
+    write_shards(
+        folder, shapes, lambda name: rng.standard_normal(shapes[name], np.float32) * 0.02, dtype="float32", shard_bytes=1 << 40
+    )  # fmt: skip
+    config = {
+        "architectures": ["Qwen2ForCausalLM" if kind == "qwen2" else "LlamaForCausalLM"], "model_type": kind,
+        "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": shape["blocks"],
+        "num_attention_heads": shape["heads"], "num_key_value_heads": shape["kv_heads"], "vocab_size": shape["vocab"],
+        "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "hidden_act": "silu",
+        "tie_word_embeddings": kind == "qwen2", "eos_token_id": 0,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def _quantize(source: Path, folder: Path) -> Path:
+    from mlx_fish.backends.mlx.quantize import quantize_folder
+
+    if not (folder / "config.json").is_file():
+        folder.mkdir()
+        config = json.loads((source / "config.json").read_text())
+        found = quantize_folder(source, folder, config=config, bits=4, group_size=64, dtype="float32")
+        (folder / "config.json").write_text(json.dumps(found))
+    return folder
+
+
+def measure(place: Path, settings: list[Setting]) -> Iterator[Measured]:
+    """Two updates of each setting on one model, in this process."""
+    import mlx_fish.backends.mlx.runtime  # noqa: F401  isort: skip
+    import mlx.core as mx
+
+    from mlx_fish.backends.mlx import MlxBackend
+
+    folder = make_folder(place, settings[0].model)
+    backend = MlxBackend(folder)
+    weights = mx.get_active_memory()
+    for setting in settings:
+        spec = setting.spec(folder)
+        backend.attach(spec, initial_arrays(spec, 0), grad_checkpoint=setting.grad_checkpoint)
+        batch = setting.batch(folder.config["vocab_size"])
+        for _ in range(2):
+            backend.reset_peak_memory()
+            if setting.training:
+                assert backend.step([batch], 1e-4, [0])().updated
+            else:
+                backend.evaluate(batch)
+        yield Measured(setting, weights, backend.peak_memory())
+
+
+def measure_in_children(place: Path, settings: list[Setting]) -> Iterator[Measured]:
+    """The settings of each model in a process of its own."""
+    for model in dict.fromkeys(setting.model for setting in settings):
+        own = [dataclasses.asdict(setting) for setting in settings if setting.model == model]
+        command = [sys.executable, __file__, "--child", json.dumps(own), "--folder", str(place)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                found = json.loads(line)
+                yield Measured(Setting(**found["setting"]), found["weights"], found["peak"])
+        if process.returncode:
+            raise SystemExit(f"measuring {model} failed")
+
+
+def expected(measured: Measured, place: Path, constants: Constants = CONSTANTS) -> int:
+    """What memory.py says of the same update, in bytes."""
+    return _expecting(measured, place)(constants)
+
+
+def _expecting(measured: Measured, place: Path) -> Callable[[Constants], int]:
+    folder, setting = make_folder(place, measured.setting.model), measured.setting
+    model, spec = Dimensions.of(folder, float_bytes=4), setting.spec(folder)
+    shape = shape_of(setting.batch(model.vocab))
+    if not setting.training:
+        return lambda constants: forward_peak_of(model, spec, shape, constants=constants).total
+    return lambda constants: (
+        peak_of(model, spec, shape, grad_checkpoint=setting.grad_checkpoint, constants=constants).total
+    )
+
+
+def fit(measured: list[Measured], place: Path) -> Constants:
+    """The constants with the least sum of relative errors' fourth powers, by a descent along one of them at a time.
+
+    Fourth powers, since what is promised is the largest error.
+    """
+    expecting = [(_expecting(found, place), found.peak) for found in measured]
+
+    def error(constants: Constants) -> float:
+        return sum((expect(constants) / peak - 1) ** 4 for expect, peak in expecting)
+
+    best, step = CONSTANTS, 0.25
+    while step > 0.005:
+        before = best
+        for item in dataclasses.fields(Constants):
+            for change in (step, -step):
+                value = max(0.0, getattr(best, item.name) + change * max(1.0, getattr(best, item.name)))
+                trial = dataclasses.replace(best, **{item.name: value})
+                best = min(best, trial, key=error)
+        if best == before:
+            step /= 2
+    return best
+
+
+def table(measured: list[Measured], place: Path, constants: Constants) -> str:
+    """Markdown: each setting, its peak measured and expected, and by how much the two differ, also without the weights."""
+    lines = [
+        "| model | rows x tokens | layout | labels | rank | layers | checkpointing | weights | measured | expected | error | above weights |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for found in measured:
+        setting, said = found.setting, expected(found, place, constants)
+        layers = setting.target if setting.num_layers is None else f"last {setting.num_layers} blocks"
+        checkpointing = ("on" if setting.grad_checkpoint else "off") if setting.training else "validation"
+        dropout = f", dropout {setting.dropout}" if setting.dropout else ""
+        lines.append(
+            f"| {setting.model} | {setting.batch_size} x {setting.length} | {'packed' if setting.packing else 'padded'} | {setting.labels:.0%} | {setting.rank} | {layers}{dropout} | "
+            f"{checkpointing} | {found.weights / 1e6:.0f} MB | {found.peak / 1e6:.0f} MB | {said / 1e6:.0f} MB | "
+            f"{said / found.peak - 1:+.1%} | {(said - found.weights) / (found.peak - found.weights) - 1:+.1%} |"
+        )
+    worst = max(abs(expected(found, place, constants) / found.peak - 1) for found in measured)
+    return "\n".join([*lines, "", f"{len(measured)} settings, the largest error {worst:.1%}"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fit", action="store_true", help="find the constants anew, and show the table with them")
+    parser.add_argument("--json", type=Path, help="keep the measurements here; those in it already are not made again")
+    parser.add_argument("--folder", type=Path, help="keep the random models here")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        for found in measure(options.folder, [Setting(**values) for values in json.loads(options.child)]):
+            print(json.dumps(dataclasses.asdict(found)), flush=True)
+        return
+    known = json.loads(options.json.read_text()) if options.json and options.json.is_file() else []
+    measured = [Measured(Setting(**found["setting"]), found["weights"], found["peak"]) for found in known]
+    with tempfile.TemporaryDirectory() as temporary:
+        place = options.folder or Path(temporary)
+        missing = [setting for setting in SETTINGS if setting not in [found.setting for found in measured]]
+        for found in measure_in_children(place, missing):
+            print(f"{found.setting}: {found.peak / 1e6:.0f} MB", file=sys.stderr)
+            measured.append(found)
+            if options.json:
+                options.json.write_text(json.dumps([dataclasses.asdict(each) for each in measured], indent=1))
+        constants = fit(measured, place) if options.fit else CONSTANTS
+        print(table(measured, place, constants))
+        if options.fit:
+            print("\n" + "\n".join(f"{name}={value:.2f}" for name, value in dataclasses.asdict(constants).items()))
+
+
+if __name__ == "__main__":
+    main()
