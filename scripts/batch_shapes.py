@@ -4,10 +4,11 @@ python scripts/batch_shapes.py --model DIR --batch-size 4
 """
 
 import argparse
+import itertools
 
 from bench_task import DEFAULTS, fish_rows
 
-from mlx_fish.batches import Updates, padding_share
+from mlx_fish.batches import Batch, Updates, padding_share
 from mlx_fish.hub import find_model
 
 
@@ -17,15 +18,20 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 4, 8])
     options = parser.parse_args()
     rows = fish_rows(find_model(options.model))
-    print("| rows a batch | updates | padding | shapes |\n|---|---|---|---|")
-    for size in options.batch_size:
-        updates = Updates(rows, batch_size=size, accumulation=1, seed=DEFAULTS.seed)
+    print("| rows a batch | packing | updates | padding | shapes |\n|---|---|---|---|---|")
+    for size, packing in itertools.product(options.batch_size, (True, False)):
+        updates = Updates(rows, batch_size=size, accumulation=1, seed=DEFAULTS.seed, packing=packing)
         batches = [batch for step in range(updates.per_epoch) for batch in updates[step]]
-        shapes = {
-            (batch.inputs.shape, batch.packing.grid.shape if batch.packing else None, batch.targets.shape)
-            for batch in batches
-        }
-        print(f"| {size} | {updates.per_epoch} | {padding_share(updates, updates.per_epoch):.1%} | {len(shapes)} |")
+        shapes = {shape_of(batch) for batch in batches}
+        print(
+            f"| {size} | {'yes' if packing else 'no'} | {updates.per_epoch} | {padding_share(updates, updates.per_epoch):.1%} | {len(shapes)} |"
+        )
+
+
+def shape_of(batch: Batch) -> tuple[tuple[int, ...], ...]:
+    """The sizes of all arrays that a step is given."""
+    grid = batch.packing.grid.shape if batch.packing else ()
+    return batch.inputs.shape, batch.targets.shape, grid
 
 
 if __name__ == "__main__":

@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import Any
 
 from bench_systems import SYSTEMS, child
-from bench_task import WARM_UPDATES, write_first_blocks
+from bench_task import DEFAULTS, WARM_UPDATES, write_first_blocks
 
 from mlx_fish.hub import find_model
 
 AGREEMENT = 1e-3  # relative, of the first updates' losses
-SETTINGS = ("model", "backend", "updates", "batch_size", "rank", "layers", "length", "grad_checkpoint")
+SETTINGS = ("model", "backend", "updates", "batch_size", "rank", "layers", "length", "packing", "grad_checkpoint")
 
 
 @dataclass(frozen=True)
@@ -168,6 +168,9 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--layers", type=int, help="only the model's first blocks [default: all]")
     parser.add_argument("--length", type=int, help="rows of exactly so many tokens [default: the fish data's rows]")
+    parser.add_argument(
+        "--packing", action=argparse.BooleanOptionalAction, default=DEFAULTS.packing, help="of mlx-fish"
+    )
     parser.add_argument("--grad-checkpoint", action="store_true", help="in both systems")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each system, in turn")
     parser.add_argument("--json", type=Path, help="also write every run here")

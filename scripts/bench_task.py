@@ -56,7 +56,7 @@ def make_task(options: argparse.Namespace) -> Task:
     number = options.updates * options.batch_size
     rows = synthetic_rows(folder, number, options.length) if options.length else fish_rows(folder, number)
     spec = LoraSpec.uniform(choose_layers(folder.linear_layers), rank=options.rank, alpha=2 * options.rank)
-    updates = Updates(rows, batch_size=options.batch_size, accumulation=1, seed=DEFAULTS.seed)
+    updates = Updates(rows, batch_size=options.batch_size, accumulation=1, seed=DEFAULTS.seed, packing=options.packing)
     return Task(folder, rows, spec, updates, options.backend, options.grad_checkpoint)
 
 

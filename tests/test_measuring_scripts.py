@@ -72,7 +72,13 @@ def test_the_roofline_counts_the_tiny_model(tiny):
 def test_the_shapes_of_an_epoch_are_counted(tmp_path):
     done = run("batch_shapes.py", "--batch-size", "1", "313", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    one, all_rows = (line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:])
-    assert one[:2] == ["1", "313"] and int(one[3]) > 1
-    assert all_rows[:2] == ["313", "1"] and all_rows[3] == "1"
-    assert float(all_rows[2].rstrip("%")) < float(one[2].rstrip("%")), "packed rows leave nothing to fill up"
+    lines = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:]]
+    assert [line[:3] for line in lines] == [
+        ["1", "yes", "313"],
+        ["1", "no", "313"],
+        ["313", "yes", "1"],
+        ["313", "no", "1"],
+    ]
+    packed, padded = (float(line[3].rstrip("%")) for line in lines[2:])
+    assert packed < 1 < padded  # one batch of all rows
+    assert [line[4] for line in lines[2:]] == ["1", "1"] and int(lines[0][4]) > 1
