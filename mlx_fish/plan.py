@@ -33,7 +33,8 @@ def plan(config: TrainConfig, *, memory: int | None = None) -> tuple["Plan", lis
     """
     choose_backend(config.backend)  # before the tokenizer imports transformers
     check_name(config.template)
-    job = make_job(config, find_model(config.model), load_data(config))
+    dataset = load_data(config)  # its mistakes are told before a model is looked for
+    job = make_job(config, find_model(config.model), dataset)
     describe(job)
     machine = this_machine(choose_backend(config.backend))
     if memory is not None:

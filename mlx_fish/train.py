@@ -57,7 +57,8 @@ def train(config: TrainConfig, *, dry_run: bool = False, force: bool = False) ->
     check_name(config.template)
     check_free(output, overwrite=config.overwrite)
     with catching() as stop:
-        job = make_job(config, find_model(config.model), load_data(config))
+        dataset = load_data(config)  # its mistakes are told before a model is looked for
+        job = make_job(config, find_model(config.model), dataset)
         describe(job)
         job = planned(job, force=force)
         if dry_run:
