@@ -54,18 +54,17 @@ class Attention(nn.Module):
         keys = keys.reshape(rows, width, self.num_kv_heads, -1).transpose(0, 2, 1, 3)
         values = values.reshape(rows, width, self.num_kv_heads, -1).transpose(0, 2, 1, 3)
         if cache is not None:
-            queries, keys = self.rope(queries, offset=cache.offset), self.rope(keys, offset=cache.offset)
+            queries, keys = (self.rope(queries, offset=cache.offset), self.rope(keys, offset=cache.offset))
             keys, values = cache.update_and_fetch(keys, values)
             out = scaled_dot_product_attention(queries, keys, values, cache=cache, scale=self.scale, mask=mask)
         elif isinstance(mask, PackedRows) or mask == "causal":
-            out = causal_attention(self.rope(queries) * self.scale, self.rope(keys), values)
+            packed = mask if isinstance(mask, PackedRows) else None
+            flat = causal_attention(self.rope(queries) * self.scale, self.rope(keys), values, packed)
+            return cast(mx.array, self.o_proj(flat.reshape(batch, length, -1)))
         else:
             queries, keys = self.rope(queries), self.rope(keys)
             out = scaled_dot_product_attention(queries, keys, values, cache=None, scale=self.scale, mask=mask)
-        out = out.transpose(0, 2, 1, 3).reshape(rows * width, -1)
-        if isinstance(mask, PackedRows):
-            out = _from_grid(out, mask.grid, mask.slots)
-        return cast(mx.array, self.o_proj(out.reshape(batch, length, -1)))
+        return cast(mx.array, self.o_proj(_flatten(out).reshape(batch, length, -1)))
 
 
 def _take(rows: mx.array, indices: mx.array) -> mx.array:
@@ -97,7 +96,7 @@ def _from_grid_vjp(primals: tuple[mx.array, ...], cotangent: mx.array, output: m
     return _take(cotangent, grid.reshape(-1)), mx.zeros_like(grid), mx.zeros_like(slots)
 
 
-def causal_attention(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+def causal_attention(queries: mx.array, keys: mx.array, values: mx.array, packed: PackedRows | None = None) -> mx.array:
     """softmax(Q K^T + causal mask) V, with queries scaled already.
 
     Args:
@@ -105,52 +104,75 @@ def causal_attention(queries: mx.array, keys: mx.array, values: mx.array) -> mx.
         keys, values: (R, K, W, d), H a multiple of K (grouped queries, arXiv 2305.13245).
 
     Returns:
-        (R, H, W, d).
+        (T, H d) where the rows are packed, (R W, H d) where they are not.
     """
-    if runtime.on_gpu:
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask="causal")
-    return cast(tuple[mx.array, mx.array], _blockwise(queries, keys, values))[0]
+    layout = () if packed is None else (packed.grid, packed.slots)
+    if not runtime.on_gpu:
+        return cast(tuple[mx.array, mx.array], _blockwise(queries, keys, values, *layout))[0]
+    out = _flatten(mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask="causal"))
+    return cast(mx.array, _from_grid(out, *layout)) if layout else out
 
 
 @mx.custom_function
-def _blockwise(queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-    """Attention a block of queries at a time over the keys up to it, and the log-sum-exp of each query's scores (R, K, G, W).
+def _blockwise(queries: mx.array, keys: mx.array, values: mx.array, *layout: mx.array) -> tuple[mx.array, mx.array]:
+    """Attention a block of queries at a time over the keys up to it, and the log-sum-exp of each query's scores (R, K, G, W, 1).
 
-    Only that is kept for the backward pass, which computes the probabilities again (as in arXiv 2205.14135). MLX's own CPU path
-    computes all scores, hidden ones too, with the slow exponential.
+    Only these are kept for the backward pass, which computes the probabilities again (as in arXiv 2205.14135). MLX's own CPU path
+    computes all scores, hidden ones too, with the slow exponential. `layout` is that of packed rows, or nothing: what is kept is
+    what the next layer reads, not a second copy in the grid.
     """
     grouped, outs, totals = _group(queries, keys.shape[1]), [], []
     for start, stop in _blocks(queries.shape[2]):
+        if outs:  # one block's scores at a time
+            grouped = cast(mx.array, mx.depends(grouped, outs[-1]))
         scores = _scores(grouped, keys, start, stop)
         top = scores.max(axis=-1, keepdims=True)
         factors = exp(scores - top)
         total = factors.sum(axis=-1, keepdims=True)
         outs.append(_times(factors, values[:, :, :stop]) / total)
         totals.append(top + mx.log(total))
-    out = mx.concatenate(outs, axis=3)
-    return out.reshape(queries.shape), mx.concatenate(totals, axis=3)
+    flat = _flatten(mx.concatenate(outs, axis=3).reshape(queries.shape))
+    return _take(flat, layout[1]) if layout else flat, mx.concatenate(totals, axis=3)
 
 
 @_blockwise.vjp
 def _blockwise_vjp(
     primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
 ) -> tuple[mx.array, ...]:
-    queries, keys, values = primals
-    grouped, d_out = _group(queries, keys.shape[1]), _group(cotangents[0], keys.shape[1])
-    grouped = cast(mx.array, mx.depends(grouped, d_out))  # else mx.compile keeps the forward's scores after all
-    shares = (d_out * _group(outputs[0], keys.shape[1])).sum(axis=-1, keepdims=True)
+    queries, keys, values, *layout = primals
+    num_rows, heads, width, _ = queries.shape
+    d_flat = cotangents[0]
+    # For each query and head, the sum of its gradients times its output: what softmax's backward takes from each score.
+    flat_shares = (d_flat * outputs[0]).reshape(len(d_flat), heads, -1).sum(axis=-1)
+
+    def in_grid(flat: mx.array) -> mx.array:
+        """(T or R W, H c) -> (R, K, G, W, c)."""
+        rows = _take(flat, layout[0].reshape(-1)) if layout else flat
+        return _group(rows.reshape(num_rows, width, heads, -1).transpose(0, 2, 1, 3), keys.shape[1])
+
+    d_out, shares = in_grid(d_flat), in_grid(flat_shares)
+    grouped = _group(queries, keys.shape[1])
     d_queries, d_keys, d_values = [], mx.zeros_like(keys), mx.zeros_like(values)
-    for start, stop in _blocks(queries.shape[2]):
+    for start, stop in _blocks(width):
         part = slice(start, stop)
+        # One block's scores at a time; and without this, mx.compile keeps the forward's after all.
+        grouped = cast(mx.array, mx.depends(grouped, [d_out, d_keys, d_values]))
         probabilities = exp(_scores(grouped, keys, start, stop) - outputs[1][..., part, :])
         d_scores = probabilities * (
             _times(d_out[..., part, :], values[:, :, :stop].swapaxes(-1, -2)) - shares[..., part, :]
         )
         d_queries.append(_times(d_scores, keys[:, :, :stop]))
-        pad = [(0, 0), (0, 0), (0, keys.shape[2] - stop), (0, 0)]
+        pad = [(0, 0), (0, 0), (0, width - stop), (0, 0)]
         d_keys = d_keys + mx.pad(_over_queries(d_scores, grouped[..., part, :]), pad)
         d_values = d_values + mx.pad(_over_queries(probabilities, d_out[..., part, :]), pad)
-    return mx.concatenate(d_queries, axis=3).reshape(queries.shape), d_keys, d_values
+    d_layout = (mx.zeros_like(indices) for indices in layout)
+    return (mx.concatenate(d_queries, axis=3).reshape(queries.shape), d_keys, d_values, *d_layout)
+
+
+def _flatten(heads: mx.array) -> mx.array:
+    """(R, H, W, d) -> (R W, H d)."""
+    rows, count, width, size = heads.shape
+    return heads.transpose(0, 2, 1, 3).reshape(rows * width, count * size)
 
 
 def _blocks(width: int) -> list[tuple[int, int]]:
