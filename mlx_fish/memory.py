@@ -7,11 +7,11 @@ always        the weights as they are computed with, and for each of P trainable
 until a block's backward, for each block from the first adapted one on (what its vjp needs, floats a position)
     2 D       the block's input and the middle of its residual stream: RMSNorm's backward
     D, D      the two normed inputs, where q, k or v, and gate or up, are adapted: a gradient of A is x^T (dy B)
-    D         attention's output, where o is adapted
+    D         attention's output
     2 I       gate and up (SwiGLU's backward recomputes the sigmoid), and I more, their product, where down is adapted
     sum r     A x of each adapted layer, for B's gradient
-and a position of the grid: 2 D + 2 K + H, attention's rotated queries, keys, values (K: all key-value heads), its output and
-    log-sum-exp; its probabilities are computed again, a block of queries at a time
+and a position of the grid: D + 2 K + H, attention's rotated queries, keys, values (K: all key-value heads) and log-sum-exp;
+    its probabilities are computed again, a block of queries at a time
     with --grad-checkpoint a block keeps its input alone, and one block at a time all of the above
 and the largest of what three moments add:
     the loss ends the forward: logits of a chunk of the vocabulary and what is computed from them, some (N, D) arrays
@@ -169,7 +169,7 @@ def peak_of(
     """The most that an update over one micro-batch of this shape holds."""
     blocks = range(min(map(block_of, spec.layers)), model.num_blocks)  # those that the backward pass goes through
     position, scores = model.float_bytes * shape.tokens, _scores_bytes(model, shape)
-    grid = model.float_bytes * shape.rows * shape.width * (2 * model.queries + 2 * model.keys + model.heads)
+    grid = model.float_bytes * shape.rows * shape.width * (model.queries + 2 * model.keys + model.heads)
     whole = [position * _kept_floats(model, spec, block, constants) + grid for block in blocks]
     narrow, state = position * model.hidden, 12 * spec.num_parameters
     kept: float
@@ -216,9 +216,9 @@ def _kept_floats(model: Dimensions, spec: LoraSpec, block: int, constants: Const
     """What one block keeps a position for its backward."""
     modules = [module for module in spec.layers if block_of(module) == block]
     adapted = {module.rsplit(".", 1)[-1] for module in modules}
-    floats = 2 * model.hidden + 2 * model.inner
+    floats = 2 * model.hidden + model.queries + 2 * model.inner
     floats += model.hidden * (bool(adapted & {"q_proj", "k_proj", "v_proj"}) + bool(adapted & {"gate_proj", "up_proj"}))
-    floats += model.queries * ("o_proj" in adapted) + model.inner * ("down_proj" in adapted)
+    floats += model.inner * ("down_proj" in adapted)
     floats += sum(spec.ranks[module] for module in modules)
     if not spec.dropout:
         return floats

@@ -30,6 +30,9 @@ def test_sampling_keeps_what_transformers_keeps():
 
 def test_checkpointing_needs_little_more_than_half_the_memory(tmp_path):
     """Sixteen blocks: one of them is always whole, and the head's share is small."""
+    import mlx_fish.backends.mlx.runtime  # noqa: F401  isort: skip
+    import mlx.core as mx
+
     model = make_model(tmp_path / "model", "qwen2", tied=True, num_blocks=16)
     adapter = make_adapter(tmp_path / "adapter", model)
     ids = np.random.default_rng(0).integers(0, 300, 601).astype(np.int32)
