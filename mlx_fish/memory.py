@@ -54,19 +54,19 @@ class Constants:
 
 
 # Fitted by `python scripts/fit_plan.py --fit` to MLX 0.32.4 on a CPU, float32, 24 November 2026.
-# The largest error over its 43 settings was 2.2 % of the peak (6.4 % of what is above the weights).
+# The largest error over its 43 settings was 2.2 % of the peak (6.2 % of what is above the weights).
 CONSTANTS = Constants(
-    wide=6.15,
-    narrow=14.1,
-    scores=2.06,
-    wide_again=12.1,
-    inputs=2.8,
-    chunks=9.23,
-    spread=3.7,
-    optimizer=9.0,
-    dropout=1.26,
-    forward=3.94,
-    forward_chunks=10.5,
+    wide=5.9,
+    narrow=16.9,
+    scores=1.39,
+    wide_again=12.2,
+    inputs=2.82,
+    chunks=9.3,
+    spread=3.63,
+    optimizer=9,
+    dropout=1.35,
+    forward=4.09,
+    forward_chunks=10.4,
 )
 
 
