@@ -121,7 +121,8 @@ def _blockwise(queries: mx.array, keys: mx.array, values: mx.array, *layout: mx.
     computes all scores, hidden ones too, with the slow exponential. `layout` is that of packed rows, or nothing: what is kept is
     what the next layer reads, not a second copy in the grid.
     """
-    grouped, outs, totals = _group(queries, keys.shape[1]), [], []
+    outs: list[mx.array] = []
+    grouped, totals = _group(queries, keys.shape[1]), []
     for start, stop in _blocks(queries.shape[2]):
         if outs:  # one block's scores at a time
             grouped = cast(mx.array, mx.depends(grouped, outs[-1]))
