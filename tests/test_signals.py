@@ -12,9 +12,20 @@ from runs import SMALL, in_child, outcome, resume, train, write_rows
 
 import mlx_fish.train as room
 from mlx_fish.adapter import read_run
+from mlx_fish.batches import make_batch
 from mlx_fish.checkpoint import checkpoints, damage
 from mlx_fish.config import TrainConfig
 from mlx_fish.signals import Interrupted, catching
+
+
+@pytest.fixture(autouse=True, scope="module")
+def two_batches_a_validation():
+    """The few rows would fit into one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "mlx_fish.train.fixed_batches", lambda rows: [make_batch(rows[i : i + 2]) for i in range(0, len(rows), 2)]
+        )
+        yield
 
 
 @pytest.fixture
