@@ -31,7 +31,7 @@ from mlx_fish.model_folder import ModelFolder
 
 # Of backends/mlx/loss.py and attention.py, which cannot be imported without MLX; tests/test_memory.py keeps them equal.
 LOSS_CHUNK_BYTES = {"cpu": 8 << 20, "gpu": 32 << 20}
-LOSS_MIN_CHUNK, QUERY_BLOCK = 1024, 128
+LOSS_MIN_CHUNK, LOSS_MAX_CHUNK, QUERY_BLOCK = 1024, 16_384, 128
 LOSS_HIDDEN = 4  # (N, D) float32 arrays: the running sum of rows, the targets' rows, their difference, what is gathered
 _HALF = ("BF16", "F16")
 
@@ -226,6 +226,7 @@ def _kept_floats(model: Dimensions, spec: LoraSpec, block: int, constants: Const
 
 
 def _loss_bytes(model: Dimensions, shape: Shape, chunks: float, spread: float) -> int:
-    chunk = max(LOSS_MIN_CHUNK, LOSS_CHUNK_BYTES["gpu" if model.on_gpu else "cpu"] // (4 * shape.labels))
+    budget = LOSS_CHUNK_BYTES["gpu" if model.on_gpu else "cpu"]
+    chunk = min(LOSS_MAX_CHUNK, max(LOSS_MIN_CHUNK, budget // (4 * shape.labels)))
     in_flight = chunks * math.tanh(model.vocab / chunk / spread)
     return int(4 * shape.labels * (in_flight * min(chunk, model.vocab) + LOSS_HIDDEN * model.hidden))

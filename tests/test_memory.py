@@ -38,7 +38,8 @@ def test_the_loss_constants_are_those_of_the_loss():
     from mlx_fish.backends.mlx import attention, loss, runtime
 
     assert memory.LOSS_CHUNK_BYTES["gpu" if runtime.on_gpu else "cpu"] == loss.CHUNK_BYTES
-    assert (memory.LOSS_MIN_CHUNK, memory.QUERY_BLOCK) == (loss.MIN_CHUNK, attention.QUERY_BLOCK)
+    assert (memory.LOSS_MIN_CHUNK, memory.LOSS_MAX_CHUNK) == (loss.MIN_CHUNK, loss.MAX_CHUNK)
+    assert memory.QUERY_BLOCK == attention.QUERY_BLOCK
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,8 @@ from mlx_fish.backends.mlx.activations import exp, row_sums
 
 # Float32 logits held at a time. On a CPU what fits its cache takes no longer, and a fifth less memory in all.
 CHUNK_BYTES = (32 if runtime.on_gpu else 8) << 20
-MIN_CHUNK = 1024
+# Columns in a chunk. With more, a BLAS that adds a short row's terms up one by one would lose the small ones after a large one.
+MIN_CHUNK, MAX_CHUNK = 1024, 16_384
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def _one_pass(
     head: Head, hidden: mx.array, targets: mx.array, chunk: int | None, *, with_gradients: bool
 ) -> tuple[mx.array, mx.array]:
     """The losses, and their gradients where they are wanted (else a scalar 0)."""
-    chunk = chunk or max(MIN_CHUNK, CHUNK_BYTES // (4 * hidden.shape[0]))
+    chunk = chunk or min(MAX_CHUNK, max(MIN_CHUNK, CHUNK_BYTES // (4 * hidden.shape[0])))
     targets = targets[:, None]
     numbers = mx.arange(
         head.vocab_size
