@@ -125,7 +125,7 @@ def _packing(lengths: Sequence[int], capacity: Capacity) -> Packing:
 EVALUATION_TOKENS = 1024  # laid end to end in one evaluation batch: fewer feed a processor badly, more only take memory
 
 
-def fixed_batches(rows: Sequence[Tokens], *, packing: bool = True) -> list[Batch]:
+def fixed_batches(rows: Sequence[Tokens], *, packing: bool) -> list[Batch]:
     """Batches for evaluation: every row once, sorted by length, always the same."""
     batches: list[list[Tokens]] = []
     for row in sorted(rows, key=lambda row: len(row.ids)):
@@ -137,14 +137,6 @@ def fixed_batches(rows: Sequence[Tokens], *, packing: bool = True) -> list[Batch
 
 # Length classes of an epoch: the rows of an update come from one of them.
 NUM_CLASSES = {True: 5, False: 20}  # packed, padded
-
-
-@dataclass(frozen=True)
-class _Epoch:
-    """The rows of each update's micro-batches, and the capacities of these."""
-
-    updates: list[list[list[int]]]
-    capacities: list[list[Capacity]]
 
 
 class Updates:
@@ -166,13 +158,13 @@ class Updates:
     def __getitem__(self, step: int) -> list[Batch]:
         """The micro-batches of update `step`, counted from 0."""
         number, place = divmod(step, self.per_epoch)
-        epoch = self._epoch(number)
         return [
             make_batch([self.rows[i] for i in indices], packing=self.packing, capacity=capacity)
-            for indices, capacity in zip(epoch.updates[place], epoch.capacities[place], strict=True)
+            for indices, capacity in self._epoch(number)[place]
         ]
 
-    def _make_epoch(self, number: int) -> _Epoch:
+    def _make_epoch(self, number: int) -> list[list[tuple[list[int], Capacity]]]:
+        """For each update its micro-batches: the rows, and what they are filled up to."""
         generator = np.random.default_rng([self.seed, number])
         order = generator.permutation(len(self.rows)).tolist()
         whole = len(order) // self.rows_per_update * self.rows_per_update
@@ -188,7 +180,8 @@ class Updates:
             updates[0], updates[longest] = updates[longest], updates[0]
         size = self.batch_size
         cut = [[update[at : at + size] for at in range(0, len(update), size)] for update in updates]
-        return _Epoch(cut, self._capacities(cut))
+        capacities = self._capacities([micro for update in cut for micro in update])
+        return [[(micro, capacities[micro[0]]) for micro in update] for update in cut]
 
     def _balanced(self, indices: Sequence[int], generator: np.random.Generator) -> list[list[int]]:
         """Deal rows, longest first, each to the update with the fewest tokens that still has room: sums come out nearly equal."""
@@ -201,29 +194,24 @@ class Updates:
                 heapq.heappush(open_updates, (tokens + len(self.rows[index].ids), place, number))
         return updates
 
-    def _capacities(self, updates: Sequence[Sequence[Sequence[int]]]) -> list[list[Capacity]]:
-        """One capacity for each run of micro-batches of like size: few shapes, little filled up."""
+    def _capacities(self, micro_batches: Sequence[list[int]]) -> dict[int, Capacity]:
+        """By its first row, the capacity of each micro-batch: one for a run of like sizes, so shapes are few and little is filled up."""
 
-        def size(rows: Sequence[Tokens]) -> int:
-            return _num_inputs(rows) if self.packing else max(len(row.ids) - 1 for row in rows)
+        def size(indices: list[int]) -> int:
+            lengths = [len(self.rows[i].ids) - 1 for i in indices]
+            return sum(lengths) if self.packing else max(lengths)
 
-        found = [[Capacity(0, 0, 0)] * len(update) for update in updates]
-        micro = [
-            ((place, part), [self.rows[i] for i in indices])
-            for place, update in enumerate(updates)
-            for part, indices in enumerate(update)
-        ]
-        by_count: dict[int, list[tuple[tuple[int, int], list[Tokens]]]] = {}
-        for entry in sorted(micro, key=lambda entry: -size(entry[1])):
-            by_count.setdefault(len(entry[1]), []).append(entry)
+        by_count: dict[int, list[list[int]]] = {}
+        for indices in sorted(micro_batches, key=size, reverse=True):
+            by_count.setdefault(len(indices), []).append(indices)
         # A packed sequence of several rows is balanced by the choice of its rows; a single row needs more capacities to fit.
         num_runs = max(NUM_CLASSES[self.packing], NUM_CLASSES[False] // self.batch_size)
-        for entries in by_count.values():
-            for start, stop in _runs([size(rows) for _, rows in entries], num_runs):
-                capacity = Capacity.of([rows for _, rows in entries[start:stop]])
-                for (place, part), _ in entries[start:stop]:
-                    found[place][part] = capacity
-        return found
+        capacities: dict[int, Capacity] = {}
+        for alike in by_count.values():
+            for start, stop in _runs([size(indices) for indices in alike], num_runs):
+                capacity = Capacity.of([[self.rows[i] for i in indices] for indices in alike[start:stop]])
+                capacities |= {indices[0]: capacity for indices in alike[start:stop]}
+        return capacities
 
 
 def _runs(sizes: Sequence[int], number: int, *, multiple: int = 1) -> list[tuple[int, int]]:

@@ -61,7 +61,8 @@ def evaluate(
     if not examples:
         raise FishError(f"--data {dataset.name} has no rows in its {split} split; try --split all.")
     session = load_session(model=model, adapter=adapter, no_adapter=no_adapter, backend=backend)
-    batches = fixed_batches([session.template.tokens(example, max_seq_length) for example in examples])
+    rows = [session.template.tokens(example, max_seq_length) for example in examples]
+    batches = fixed_batches(rows, packing=not session.folder.attends_in_windows)
     tokens = sum(batch.num_supervised for batch in batches)
     loaded: Backend = session.load()
 

@@ -84,7 +84,7 @@ def make_job(config: TrainConfig, folder: ModelFolder, dataset: Dataset) -> Job:
         batch_size=config.batch_size,
         accumulation=config.grad_accumulation,
         seed=config.seed,
-        packing=config.packing,
+        packing=config.packing and not folder.attends_in_windows,  # the grid of packed rows knows no window
     )
     iters = config.iters or max(1, math.ceil(config.epochs * updates.per_epoch))
     limit = config.eval_rows or (
@@ -140,6 +140,8 @@ def describe(job: Job) -> None:
         f"  run         {job.iters} updates of {config.batch_size} x {config.grad_accumulation} rows "
         f"({job.iters / job.updates.per_epoch:.2f} epochs), learning rate {config.learning_rate:g}, {config.schedule}"
     )
+    if config.packing and not job.updates.packing:
+        say(f"! {job.folder.name} attends in windows, so rows are padded, not packed")
     if cut:
         say(
             f"! {len(cut)} rows are longer than --max-seq-length {config.max_seq_length} and were cut, without an end token: {', '.join(cut[:3])}{'…' if len(cut) > 3 else ''}"

@@ -75,6 +75,12 @@ class ModelFolder:
         return tuple(ids) if isinstance(ids, list) else (int(ids),)
 
     @property
+    def attends_in_windows(self) -> bool:
+        """Whether some layer's queries see only the last so many keys."""
+        kinds = self.config.get("layer_types") or ()
+        return any("sliding" in kind for kind in kinds) or bool(self.config.get("use_sliding_window"))
+
+    @property
     def quantization(self) -> dict[str, Any] | None:
         """`{"group_size", "bits"}` when MLX quantised the folder, else None."""
         found = self.config.get("quantization")

@@ -61,7 +61,7 @@ class Outlook:
 
     @cached_property
     def validation_shapes(self) -> list[Shape]:
-        return [shape_of(batch) for batch in fixed_batches(self.job.valid_rows)]
+        return [shape_of(batch) for batch in fixed_batches(self.job.valid_rows, packing=self.job.updates.packing)]
 
     def peak(self, *, grad_checkpoint: bool) -> tuple[Peak, Shape]:
         """The peak of the run, and the micro-batch that causes it."""
@@ -134,7 +134,7 @@ class Outlook:
     def _shape_of_rows(self, rows: Sequence[Tokens], length: int | None) -> Shape:
         if length is not None:
             rows = [replace(row, ids=row.ids[:length], supervised=row.supervised[:length]) for row in rows]
-        shape = shape_of(make_batch(rows, packing=self.job.config.packing))
+        shape = shape_of(make_batch(rows, packing=self.job.updates.packing))
         return replace(shape, labels=max(1, shape.labels))
 
     @cached_property

@@ -16,7 +16,7 @@ from mlx_fish.job import Job, describe, load_data, make_job
 from mlx_fish.machine import GIB, MAC_MINIS, Machine, this_machine
 from mlx_fish.memory import Peak, Shape
 from mlx_fish.outlook import Largest, Outlook
-from mlx_fish.report import say
+from mlx_fish.report import say, size_text
 from mlx_fish.template import check_name
 
 PARTS = {
@@ -156,10 +156,6 @@ def refuse(plan: Plan, *, resuming: bool = False) -> None:
         f"this run would hold about {size_text(plan.peak.total)} ({size_text(plan.peak.weights)} of it weights), and "
         f"{size_text(plan.usable)} are usable on {plan.machine.name}; {todo}; `mlx-fish plan` tells more, --force tries all the same."
     )
-
-
-def size_text(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def duration(seconds: float) -> str:

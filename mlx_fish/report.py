@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -229,3 +230,29 @@ def _clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+class byte_bar:  # noqa: N801 (used like a function)
+    """`with byte_bar("fusing") as progress: … progress(done, total)`: a bar on stderr."""
+
+    def __init__(self, title: str):
+        self.title = title
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        from tqdm import tqdm
+
+        self.bar = tqdm(
+            desc=self.title, unit="B", unit_scale=True, file=sys.stderr, leave=False, mininterval=0.2, disable=None
+        )
+        return self._progress
+
+    def _progress(self, done: int, total: int) -> None:
+        self.bar.total = total
+        self.bar.update(done - self.bar.n)
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+
+def size_text(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"

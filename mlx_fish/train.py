@@ -150,7 +150,7 @@ def dropout_seeds(seed: int, step: int, count: int) -> list[int]:
 def _run(job: Job, backend: Backend, output: Path, state: dict[str, Any], stop: Stop) -> dict[str, Any]:
     """The updates from `state["step"]` on. Stopped by a signal, it finishes the update, writes a checkpoint and raises."""
     config = job.config
-    valid = fixed_batches(job.valid_rows)
+    valid = fixed_batches(job.valid_rows, packing=job.updates.packing)
     before = state.get("before") or sample_answer(backend, job.template, end_ids(job))
     report = Report(
         output,

@@ -25,6 +25,8 @@ FLOORS = [
     {"train", "generate", "convert", "fuse", "readers"},
     {"verify"},
     {"evaluate"},
+    {"cli.options"},
+    {"cli.training", "cli.answering", "cli.fusing"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,5 +1,8 @@
 """Nothing is Qwen's alone: a random llama model, its head its own, trains as transformers, PEFT and torch's AdamW train it."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,10 @@ from fuse_models import make_model
 from mlx_fish.adapter import LoraSpec, choose_layers, initial_arrays
 from mlx_fish.backends import Sampling, load_backend
 from mlx_fish.batches import Batch
+from mlx_fish.config import TrainConfig
+from mlx_fish.data import load_dataset
+from mlx_fish.job import describe, make_job
+from mlx_fish.model_folder import ModelFolder
 
 RANK, ALPHA = 4, 8.0
 
@@ -87,3 +94,16 @@ def test_greedy_tokens_equal_transformers(llama, backend_name):
     model = AutoModelForCausalLM.from_pretrained(llama.path, dtype=torch.float32)
     theirs = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=0)
     assert ours == [token for token in theirs[0, len(prompt) :].tolist() if token != 2]
+
+
+def test_rows_of_a_model_with_windows_are_padded(tiny, tmp_path, capsys):
+    """The grid of packed rows knows no window: packing would let a query see too far."""
+    assert make_job(TrainConfig(), tiny, load_dataset("fish_care")).updates.packing
+    shutil.copytree(tiny.path, tmp_path / "windows")
+    config = json.loads((tmp_path / "windows" / "config.json").read_text())
+    kinds = ["full_attention", *["sliding_attention"] * (config["num_hidden_layers"] - 1)]
+    (tmp_path / "windows" / "config.json").write_text(json.dumps(config | {"layer_types": kinds, "sliding_window": 8}))
+    job = make_job(TrainConfig(), ModelFolder(tmp_path / "windows", "windows"), load_dataset("fish_care"))
+    assert not job.updates.packing and job.updates[0][0].packing is None
+    describe(job)
+    assert "attends in windows" in capsys.readouterr().err

@@ -23,7 +23,8 @@ def two_batches_a_validation():
     """The few rows would fit into one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "mlx_fish.train.fixed_batches", lambda rows: [make_batch(rows[i : i + 2]) for i in range(0, len(rows), 2)]
+            "mlx_fish.train.fixed_batches",
+            lambda rows, packing: [make_batch(rows[i : i + 2], packing=packing) for i in range(0, len(rows), 2)],
         )
         yield
 

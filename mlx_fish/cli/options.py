@@ -1,0 +1,58 @@
+"""Options that several commands share, and those that are made from TrainConfig."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_fish.config import BACKENDS, TrainConfig, flag_name, kind_of, read_yaml
+
+DTYPES = click.Choice(["float32", "float16", "bfloat16"])
+backend_option = click.option(
+    "--backend",
+    type=click.Choice(BACKENDS),
+    default="auto",
+    help="Compute with mlx or torch.  [default: $MLX_FISH_BACKEND, else what suits the machine]",
+)
+
+
+def train_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options of `train`, made from TrainConfig. A flag left out stays None, so that a YAML file can set it."""
+    for item in reversed(dataclasses.fields(TrainConfig)):
+        kind, help_text = kind_of(item), item.metadata["help"]
+        if item.default is not None and kind is not bool and "[default" not in help_text:
+            help_text += f"  [default: {item.default:g}]" if kind is float else f"  [default: {item.default}]"
+        flags = [flag_name(item.name), *(flag_name(name) for name in item.metadata["also"])]
+        choices, bare = item.metadata["choices"], item.metadata["bare"]
+        if kind is bool:
+            if item.default:
+                flags[0] += f"/--no-{flags[0].removeprefix('--')}"
+            option = click.option(*flags, item.name, is_flag=True, default=None, help=help_text)
+        elif bare:
+            option = click.option(
+                *flags, item.name, type=click.Choice(choices), is_flag=False, flag_value=bare, help=help_text
+            )
+        else:
+            option = click.option(*flags, item.name, type=click.Choice(choices) if choices else kind, help=help_text)
+        command = option(command)
+    return click.option(
+        "--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings; flags override it."
+    )(command)
+
+
+def train_settings(config_file: Path | None, flags: dict[str, Any]) -> dict[str, Any]:
+    """What a YAML file sets, and what flags set above it."""
+    settings = read_yaml(config_file) if config_file else {}
+    return settings | {name: value for name, value in flags.items() if value is not None}
+
+
+def memory_size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """`16GB` -> bytes."""
+    from mlx_fish.machine import parse_memory
+
+    try:
+        return None if value is None else parse_memory(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is no size; one such as 16GB was expected.") from error
