@@ -93,6 +93,7 @@ class Dimensions:
     Attributes:
         weight_bytes, block_bytes: all weights, and those of the blocks, in the types that they are computed with.
         block_parameters: weights of all blocks' linear layers, counted before quantisation.
+        block_widths: the inputs and outputs of these layers, added up.
         float_bytes: of one activation.
         on_gpu: a fused kernel holds no scores, and the loss takes larger chunks of the vocabulary.
     """
@@ -107,6 +108,7 @@ class Dimensions:
     weight_bytes: int
     block_bytes: int
     block_parameters: int
+    block_widths: int
     float_bytes: int
     on_gpu: bool
 
@@ -136,6 +138,7 @@ class Dimensions:
             weight_bytes=sum(sizes.values()),
             block_bytes=sum(size for name, size in sizes.items() if ".layers." in name),
             block_parameters=sum(out * into for out, into in folder.linear_layers.values()),
+            block_widths=sum(out + into for out, into in folder.linear_layers.values()),
             float_bytes=float_bytes or (2 if folder.weights["model.norm.weight"].dtype in _HALF else 4),
             on_gpu=on_gpu,
         )

@@ -28,21 +28,32 @@ def work_of(
 ) -> dict[str, Work]:
     """The work on one micro-batch by part; without `training`, that of a validation."""
     first = min((block_of(module) for module in spec.layers), default=model.num_blocks)
-    reached = (model.num_blocks - first) / model.num_blocks if training else 0.0  # the share with a backward pass
-    passes = 1 + reached + (reached if grad_checkpoint else 0.0)
-    products = 2 * shape.tokens * model.block_parameters
-    low_rank = 2 * shape.tokens * spec.num_parameters * (3 if training else 1)
-    scores = (
-        2 * model.queries * shape.rows * shape.width**2
-    )  # the operations of one product with (W, W) for each head and row
-    logits = shape.labels * model.vocab
-    head_bytes = (model.weight_bytes - model.block_bytes) * (1 + training) + 4 * logits * (4 if training else 2)
-    wide = model.float_bytes * shape.tokens * (3 * model.inner + 8 * model.hidden) * model.num_blocks
+    backward = (model.num_blocks - first) / model.num_blocks if training else 0.0  # the share of blocks that have one
+    forward = 1 + (backward if grad_checkpoint else 0.0)
+    passes, position = forward + backward, model.float_bytes * shape.tokens
+    # Of one product of queries with keys: under the causal mask half of them meet.
+    scores = model.queries * shape.rows * shape.width**2 * model.num_blocks
+    narrow = sum(out + into + spec.ranks[module] for module, (out, into) in spec.layers.items())
+    # Norms, residual sums, rotary positions and SwiGLU, each read and written once a pass.
+    elements = model.num_blocks * (13 * model.hidden + 2 * model.keys + 4 * model.inner) * shape.tokens
     return {
-        "blocks": Work(products * passes + low_rank, model.block_bytes * passes + 2 * wide * passes),
-        "attention": Work(scores * model.num_blocks * (2 + 5 * reached), 0.0),
-        "head": Work(2 * logits * model.hidden * (1 + training), head_bytes),
-        "optimizer": Work(0.0, 4 * spec.num_parameters * 12 * training),
+        "blocks": Work(
+            2 * shape.tokens * model.block_parameters * passes,
+            model.block_bytes * passes + position * model.block_widths * passes,
+        ),
+        "head": Work(
+            2 * shape.labels * model.vocab * model.hidden * (1 + training),
+            (model.weight_bytes - model.block_bytes) * (1 + training),
+        ),
+        "attention": Work(
+            scores * (2 * forward + 4 * backward),
+            8 * position * (model.queries + model.keys) * model.num_blocks * passes,
+        ),
+        "lora": Work(
+            2 * shape.tokens * spec.num_parameters * (1 + 2 * training), position * narrow * (1 + 2 * training)
+        ),
+        "elementwise": Work(4 * elements * passes, model.float_bytes * elements * passes),
+        "optimizer": Work(16 * spec.num_parameters * training, 32 * spec.num_parameters * training),
     }
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from bench_length import attention_alone
 from bench_task import DEFAULTS, SUPERVISED_SHARE, synthetic_rows
-from roofline import parts_of
+from print_roofline import parts_of
 
 from mlx_fish.adapter import LoraSpec, choose_layers, initial_arrays
 from mlx_fish.backends import choose_backend, load_backend

@@ -56,7 +56,7 @@ def test_the_first_update_is_timed(tmp_path):
 
 
 def test_the_roofline_counts_the_tiny_model(tiny):
-    from roofline import parts_of
+    from print_roofline import parts_of
 
     settings = {"supervised": 0.5, "batch_tokens": 64, "rank": 8, "width": 4}
     parts = {part.name: part for part in parts_of(tiny, length=32, **settings)}

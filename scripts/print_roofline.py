@@ -1,6 +1,6 @@
 """What an update must compute and move for each input token, by part, and the time that a machine needs for that at the least.
 
-    python scripts/roofline.py --model DIR --length 128 --batch-tokens 512 [--flops 2.8e12 --bandwidth 120e9 --bytes 2]
+    python scripts/print_roofline.py --model DIR --length 128 --batch-tokens 512 [--flops 2.8e12 --bandwidth 120e9 --bytes 2]
 
 Counted from the model's shapes alone: nothing is measured here. A part takes the longer of its arithmetic and its traffic, one part
 after the other. The default machine is the Mac mini M4 as measured elsewhere (2.8 TFLOP/s of matrix products, 120 GB/s).
@@ -8,11 +8,12 @@ after the other. The default machine is the Mac mini M4 as measured elsewhere (2
 
 import argparse
 from dataclasses import dataclass
-from typing import Any
 
 from mlx_fish.adapter import LoraSpec, choose_layers
 from mlx_fish.hub import find_model
+from mlx_fish.memory import Dimensions, Shape
 from mlx_fish.model_folder import ModelFolder
+from mlx_fish.roofline import work_of
 
 
 @dataclass(frozen=True)
@@ -29,39 +30,38 @@ class Part:
         return max(self.flops / flops, self.bytes / bandwidth)
 
 
+TITLES = {
+    "blocks": "matrix products of the blocks", "head": "head and loss, supervised rows only",
+    "attention": "attention, the causal half", "lora": "LoRA's products",
+    "elementwise": "norms, sums, positions, SwiGLU", "optimizer": "clipping and AdamW",
+}  # fmt: skip
+
+
 def parts_of(
     folder: ModelFolder, *, length: int, supervised: float, batch_tokens: int, rank: int, width: int
 ) -> list[Part]:
-    """The parts of forward, backward and AdamW under LoRA: the frozen weights get no gradient, so a product costs 4 operations a
-    weight (2 forward, 2 for the gradient of its input), not 6.
+    """What `mlx-fish plan` counts (mlx_fish/roofline.py), for one input token of an update.
 
     Args:
-        length: tokens of a row; a token attends to half of them on average.
+        length: tokens of a row.
         supervised: the share of tokens that meet the head.
         batch_tokens: tokens of an update, which share each reading of the weights.
         width: bytes of a weight and of an activation.
     """
-    config: dict[str, Any] = folder.config
-    layers = choose_layers(folder.linear_layers)
-    hidden, blocks, vocabulary = config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]
-    heads = config["num_attention_heads"]
-    head_size = config.get("head_dim") or hidden // heads
-    keys = config["num_key_value_heads"] * head_size
-    weights = sum(out * inner for out, inner in layers.values())
-    ends = sum(out + inner for out, inner in layers.values())
-    adapter = LoraSpec.uniform(layers, rank=rank, alpha=rank).num_parameters
-    attention = heads * head_size * length * blocks
-    wide = blocks * config["intermediate_size"]
-    # Norms, residual sums, rotary positions and SwiGLU, each read and written once forward and once backward.
-    elements = blocks * (26 * hidden + 4 * keys) + 8 * wide
+    model = Dimensions.of(folder, float_bytes=width if width == 4 else None)
+    spec = LoraSpec.uniform(choose_layers(folder.linear_layers), rank=rank, alpha=rank)
+    labels = round(supervised * batch_tokens)
+    work = work_of(model, spec, Shape(batch_tokens, batch_tokens // length, length, labels))
+    head_size = model.queries // model.heads
+    exponentials = {
+        "head": model.vocab * labels / batch_tokens,
+        "attention": model.num_blocks * model.queries / head_size * length / 2,
+        "elementwise": 2 * model.num_blocks * model.inner,
+    }
     return [
-        Part("matrix products of the blocks", 4 * weights, 2 * width * (weights / batch_tokens + ends)),
-        Part("head and loss, supervised rows only", 4 * vocabulary * hidden * supervised, 2 * width * vocabulary * hidden / batch_tokens, vocabulary * supervised),
-        Part("attention, the causal half", 6 * attention, 8 * width * blocks * (2 * hidden + 2 * keys), attention / (2 * head_size)),
-        Part("LoRA's products", 6 * adapter, 3 * width * (ends + rank * len(layers))),
-        Part("norms, sums, positions, SwiGLU", 4 * elements, width * elements, 2 * wide),
-        Part("clipping and AdamW", 16 * adapter / batch_tokens, 4 * 8 * adapter / batch_tokens),
-    ]  # fmt: skip
+        Part(title, work[key].operations / batch_tokens, work[key].num_bytes / batch_tokens, exponentials.get(key, 0))
+        for key, title in TITLES.items()
+    ]
 
 
 def main() -> None:
