@@ -111,15 +111,17 @@ def attention_alone(folder: ModelFolder, number: int, length: int, dtype: str) -
     """One block's attention and its gradients, on random arrays."""
     import mlx.core as mx
 
+    from mlx_fish.backends.mlx.attention import causal_attention
+
     config = folder.config
     heads, keys = config["num_attention_heads"], config["num_key_value_heads"]
     size = config.get("head_dim") or config["hidden_size"] // heads
-    shapes = [(number, count, length, size) for count in (heads, keys, keys, heads)]
+    shapes = [*((number, count, length, size) for count in (heads, keys, keys)), (number * length, heads * size)]
     *inputs, cotangent = (mx.random.normal(shape, key=mx.random.key(0)).astype(getattr(mx, dtype)) for shape in shapes)
     mx.eval(inputs, cotangent)
 
     def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=size**-0.5, mask="causal")
+        return causal_attention(q * size**-0.5, k, v)
 
     return lambda: mx.eval(mx.vjp(attend, inputs, [cotangent]))
 
