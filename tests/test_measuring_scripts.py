@@ -42,6 +42,15 @@ def test_the_time_for_a_token_by_length(tmp_path):
     assert run("bench_length.py", "--batch-tokens", "100", cwd=tmp_path).returncode == 2
 
 
+def test_packed_beside_padded(tmp_path):
+    table, record = measured(tmp_path, "bench_packing.py", "--sets", "short", "--layers", "1")
+    packed, padded = record["lines"]
+    assert packed["packing"] and not padded["packing"]
+    assert packed["tokens"] == padded["tokens"], "the same rows"
+    assert packed["computed"] < padded["computed"] and packed["shapes"] < padded["shapes"]
+    assert min(packed["seconds"], padded["seconds"]) > 0 and "| short | packed |" in table
+
+
 def test_a_profile_of_a_step(tmp_path):
     table, record = measured(tmp_path, "profile_step.py", "--length", "32", "--batch-size", "2", "--rounds", "1")
     assert len(record["seconds"]) == 10 and all(value > 0 for value in record["seconds"].values())
