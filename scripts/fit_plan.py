@@ -1,7 +1,8 @@
 """Measure what training really holds, beside what `mlx-fish plan` says, and fit the few constants of mlx_fish/memory.py anew.
 
-    python scripts/fit_plan.py        # a table: measured and expected peaks
-    python scripts/fit_plan.py --fit  # also the constants that fit best
+    python scripts/fit_plan.py             # a table: measured and expected peaks
+    python scripts/fit_plan.py --fit       # also the constants that fit best
+    python scripts/fit_plan.py --held-out  # a table of models and settings that the constants were not fitted to
 
 Random models of several shapes are trained for two updates by the MLX backend, those of each model in a process of its own. A peak is
 MLX's own count (`mx.get_peak_memory`), which depends little on how busy the machine is.
@@ -18,106 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from plan_settings import HELD_OUT, MODELS, QUANTIZED, SETTINGS, Setting
 
-from mlx_fish.adapter import LoraSpec, choose_layers, initial_arrays
-from mlx_fish.batches import Batch, make_batch
+from mlx_fish.adapter import initial_arrays
 from mlx_fish.memory import CONSTANTS, Constants, Dimensions, forward_peak_of, peak_of, shape_of
 from mlx_fish.model_folder import ModelFolder
-from mlx_fish.template import Tokens
 from mlx_fish.tensors import write_shards
-
-# name -> config: the two architectures, small vocabularies (where a block decides) and Qwen2's own (where the loss does).
-MODELS: dict[str, dict[str, Any]] = {
-    "qwen2": {"hidden": 256, "inner": 1408, "heads": 4, "kv_heads": 2, "blocks": 8, "vocab": 151_936},
-    "qwen2-narrow": {"hidden": 448, "inner": 704, "heads": 7, "kv_heads": 1, "blocks": 6, "vocab": 320},
-    "qwen2-wide": {"hidden": 256, "inner": 2816, "heads": 4, "kv_heads": 2, "blocks": 12, "vocab": 320},
-    "llama": {"type": "llama", "hidden": 384, "inner": 1024, "heads": 6, "kv_heads": 6, "blocks": 8, "vocab": 32_000},
-}
-QUANTIZED = "-4bit"
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """One measurement: a model and what is trained on it, or validated.
-
-    Attributes:
-        labels: the share of each row that is supervised.
-        shortest: the shortest row's length as a share of `length`, the longest one's.
-    """
-
-    model: str
-    batch_size: int
-    length: int
-    labels: float = 0.5
-    rank: int = 8
-    target: str = "all"
-    num_layers: int | None = None
-    grad_checkpoint: bool = False
-    dropout: float = 0.0
-    training: bool = True
-    packing: bool = False
-    shortest: float = 1.0
-
-    def batch(self, vocab: int) -> Batch:
-        rng = np.random.default_rng(0)
-        rows = []
-        for number, share in enumerate(np.linspace(1, self.shortest, self.batch_size)):
-            length = int(share * self.length)
-            supervised = np.arange(length + 1) > length * (1 - self.labels)
-            ids = rng.integers(0, vocab, length + 1).astype(np.int32)
-            rows.append(Tokens(ids, supervised, f"row:{number}", cut=False))
-        return make_batch(rows, packing=self.packing)
-
-    def spec(self, folder: ModelFolder) -> LoraSpec:
-        layers = choose_layers(folder.linear_layers, target=self.target, num_layers=self.num_layers)
-        return LoraSpec.uniform(layers, rank=self.rank, alpha=2 * self.rank, dropout=self.dropout)
-
-
-SETTINGS = [
-    Setting("qwen2", 4, 144),
-    Setting("qwen2", 1, 64),
-    Setting("qwen2", 8, 256),
-    Setting("qwen2", 1, 1024, labels=0.25),
-    Setting("qwen2", 4, 144, rank=64),
-    Setting("qwen2", 4, 144, grad_checkpoint=True),
-    Setting("qwen2", 8, 256, grad_checkpoint=True),
-    Setting("qwen2", 2, 512, labels=0.9, rank=16),
-    Setting("qwen2" + QUANTIZED, 4, 144),
-    Setting("qwen2" + QUANTIZED, 2, 384, rank=32),
-    Setting("qwen2" + QUANTIZED, 4, 144, grad_checkpoint=True),
-    Setting("qwen2-narrow", 4, 144),
-    Setting("qwen2-narrow", 1, 768),
-    Setting("qwen2-narrow", 8, 96, rank=64),
-    Setting("qwen2-narrow", 4, 256, grad_checkpoint=True),
-    Setting("qwen2-wide", 4, 144),
-    Setting("qwen2-wide", 2, 512),
-    Setting("qwen2-wide", 4, 144, rank=128),
-    Setting("qwen2-wide", 4, 144, num_layers=6),
-    Setting("qwen2-wide", 4, 144, target="q_proj,k_proj,v_proj,o_proj"),
-    Setting("qwen2-wide", 4, 144, dropout=0.1),
-    Setting("qwen2-wide", 4, 144, grad_checkpoint=True),
-    Setting("qwen2-wide", 2, 512, grad_checkpoint=True),
-    Setting("llama", 4, 144),
-    Setting("llama", 2, 512),
-    Setting("llama", 16, 64, rank=1),
-    Setting("llama", 4, 144, rank=64),
-    Setting("llama", 4, 144, grad_checkpoint=True),
-    Setting("llama", 1, 768, grad_checkpoint=True),
-    Setting("llama", 4, 144, target="q_proj,v_proj"),
-    Setting("llama", 4, 256, dropout=0.1),
-    Setting("qwen2", 4, 200, packing=True, shortest=0.6),
-    Setting("qwen2", 8, 320, packing=True, shortest=0.4, grad_checkpoint=True),
-    Setting("qwen2" + QUANTIZED, 4, 200, packing=True, shortest=0.6),
-    Setting("qwen2-narrow", 4, 400, packing=True, shortest=0.5),
-    Setting("qwen2-wide", 4, 200, packing=True, shortest=0.7),
-    Setting("qwen2-wide", 4, 320, packing=True, shortest=0.5, grad_checkpoint=True),
-    Setting("llama", 4, 200, packing=True, shortest=0.6),
-    Setting("llama", 8, 160, packing=True, shortest=0.9, rank=32),
-    Setting("llama", 4, 256, packing=True, shortest=0.6, training=False),
-    Setting("qwen2", 2, 512, training=False),
-    Setting("qwen2-wide", 2, 512, training=False),
-    Setting("llama", 4, 144, training=False),
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,6 +191,7 @@ def table(measured: list[Measured], place: Path, constants: Constants) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fit", action="store_true", help="find the constants anew, and show the table with them")
+    parser.add_argument("--held-out", action="store_true", help="measure the settings that nothing was fitted to")
     parser.add_argument("--json", type=Path, help="keep the measurements here; those in it already are not made again")
     parser.add_argument("--folder", type=Path, help="keep the random models here")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -292,11 +200,15 @@ def main() -> None:
         for found in measure(options.folder, [Setting(**values) for values in json.loads(options.child)]):
             print(json.dumps(dataclasses.asdict(found)), flush=True)
         return
+    if options.fit and options.held_out:
+        parser.error("--fit and --held-out exclude each other.")
+    settings = HELD_OUT if options.held_out else SETTINGS
     known = json.loads(options.json.read_text()) if options.json and options.json.is_file() else []
     measured = [Measured(Setting(**found["setting"]), found["weights"], found["peak"]) for found in known]
+    measured = [found for found in measured if found.setting in settings]
     with tempfile.TemporaryDirectory() as temporary:
         place = options.folder or Path(temporary)
-        missing = [setting for setting in SETTINGS if setting not in [found.setting for found in measured]]
+        missing = [setting for setting in settings if setting not in [found.setting for found in measured]]
         for found in measure_in_children(place, missing):
             print(f"{found.setting}: {found.peak / 1e6:.0f} MB", file=sys.stderr)
             measured.append(found)
