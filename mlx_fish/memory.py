@@ -94,8 +94,9 @@ class Dimensions:
         weight_bytes, block_bytes: all weights, and those of the blocks, in the types that they are computed with.
         block_parameters: weights of all blocks' linear layers, counted before quantisation.
         block_widths: the inputs and outputs of these layers, added up.
+        tied: the head is the embedding.
         float_bytes: of one activation.
-        on_gpu: a fused kernel holds no scores, and the loss takes larger chunks of the vocabulary.
+        on_gpu: the loss takes larger chunks of the vocabulary.
     """
 
     hidden: int
@@ -109,6 +110,7 @@ class Dimensions:
     block_bytes: int
     block_parameters: int
     block_widths: int
+    tied: bool
     float_bytes: int
     on_gpu: bool
 
@@ -139,6 +141,7 @@ class Dimensions:
             block_bytes=sum(size for name, size in sizes.items() if ".layers." in name),
             block_parameters=sum(out * into for out, into in folder.linear_layers.values()),
             block_widths=sum(out + into for out, into in folder.linear_layers.values()),
+            tied=tied,
             float_bytes=float_bytes or (2 if folder.weights["model.norm.weight"].dtype in _HALF else 4),
             on_gpu=on_gpu,
         )
@@ -146,7 +149,7 @@ class Dimensions:
     @property
     def four_bit_bytes(self) -> int:
         """Of the weights if matrices had 4 bits a number, and each group of 64 a scale and a bias."""
-        matrices = self.block_parameters + self.vocab * self.hidden
+        matrices = self.block_parameters + self.vocab * self.hidden * (1 if self.tied else 2)
         return int(matrices * (0.5 + 2 * self.float_bytes / 64))
 
 
@@ -212,7 +215,7 @@ def forward_peak_of(model: Dimensions, spec: LoraSpec, shape: Shape, *, constant
 def _scores_bytes(model: Dimensions, shape: Shape) -> int:
     """Of one block of queries."""
     block = min(QUERY_BLOCK, shape.width)
-    return 0 if model.on_gpu else model.float_bytes * model.heads * shape.rows * block * shape.width
+    return model.float_bytes * model.heads * shape.rows * block * shape.width
 
 
 def _kept_floats(model: Dimensions, spec: LoraSpec, block: int, constants: Constants) -> float:

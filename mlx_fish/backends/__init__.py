@@ -180,9 +180,16 @@ def load_backend(
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a framework failed for want of memory, where it can say so (Metal ends the process instead)."""
+    """Whether a framework failed for want of memory, where it can say so.
+
+    Metal raises for one buffer that is too large or for too many of them; when the GPU runs out in the middle of its work the
+    process ends without a word.
+    """
     words = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in words or "unable to allocate" in words
+    return isinstance(error, MemoryError) or any(said in words for said in _OUT_OF_MEMORY)
+
+
+_OUT_OF_MEMORY = ("out of memory", "unable to allocate", "[metal::malloc]")
 
 
 def _installed(backend: str) -> bool:

@@ -14,7 +14,7 @@ from mlx_lm.models.base import scaled_dot_product_attention
 
 from mlx_fish.backends.mlx.activations import exp
 
-QUERY_BLOCK = 128  # queries at a time on a CPU: bounds the scores held, and skips most of those that the mask hides
+QUERY_BLOCK = 128  # queries at a time: bounds the scores held, and skips most of those that the mask hides
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,23 @@ def causal_attention(queries: mx.array, keys: mx.array, values: mx.array, packed
     layout = () if packed is None else (packed.grid, packed.slots)
     if not runtime.on_gpu:
         return cast(tuple[mx.array, mx.array], _blockwise(queries, keys, values, *layout))[0]
+    if runtime.on_metal:
+        return cast(mx.array, _fused_forward(queries, keys, values, *layout))
     out = _flatten(mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask="causal"))
     return cast(mx.array, _from_grid(out, *layout)) if layout else out
+
+
+@mx.custom_function
+def _fused_forward(queries: mx.array, keys: mx.array, values: mx.array, *layout: mx.array) -> mx.array:
+    """MLX's fused attention. For Metal, whose fused kernel has no backward: differentiated by MLX itself it would fall back to
+    plain products and keep all (R, H, W, W) probabilities of every layer."""
+    out = _flatten(mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask="causal"))
+    return _take(out, layout[1]) if layout else out
+
+
+@_fused_forward.vjp
+def _fused_forward_vjp(primals: tuple[mx.array, ...], cotangent: mx.array, output: mx.array) -> tuple[mx.array, ...]:
+    return _backward(primals, cotangent, output, None)
 
 
 @mx.custom_function
@@ -140,11 +155,22 @@ def _blockwise(queries: mx.array, keys: mx.array, values: mx.array, *layout: mx.
 def _blockwise_vjp(
     primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
 ) -> tuple[mx.array, ...]:
+    return _backward(primals, cotangents[0], outputs[0], outputs[1])
+
+
+def _backward(
+    primals: tuple[mx.array, ...], d_flat: mx.array, flat: mx.array, totals: mx.array | None
+) -> tuple[mx.array, ...]:
+    """Gradients of queries, keys, values (and zeros for the layout), a block of queries at a time.
+
+    Args:
+        d_flat, flat: the gradient of attention's output, and that output.
+        totals: the log-sum-exp of each query's scores, (R, K, G, W, 1); None: computed again.
+    """
     queries, keys, values, *layout = primals
     num_rows, heads, width, _ = queries.shape
-    d_flat = cotangents[0]
     # For each query and head, the sum of its gradients times its output: what softmax's backward takes from each score.
-    flat_shares = (d_flat * outputs[0]).reshape(len(d_flat), heads, -1).sum(axis=-1)
+    flat_shares = (d_flat.astype(mx.float32) * flat).reshape(len(d_flat), heads, -1).sum(axis=-1)
 
     def in_grid(flat: mx.array) -> mx.array:
         """(T or R W, H c) -> (R, K, G, W, c)."""
@@ -153,20 +179,27 @@ def _blockwise_vjp(
 
     d_out, shares = in_grid(d_flat), in_grid(flat_shares)
     grouped = _group(queries, keys.shape[1])
-    d_queries, d_keys, d_values = [], mx.zeros_like(keys), mx.zeros_like(values)
+    d_queries: list[mx.array] = []
+    d_keys, d_values = (mx.zeros(array.shape, mx.float32) for array in (keys, values))  # sums of blocks
     for start, stop in _blocks(width):
         part = slice(start, stop)
         # One block's scores at a time; and without this, mx.compile keeps the forward's after all.
         grouped = cast(mx.array, mx.depends(grouped, [d_out, d_keys, d_values]))
-        probabilities = exp(_scores(grouped, keys, start, stop) - outputs[1][..., part, :])
+        scores = _scores(grouped, keys, start, stop)
+        if totals is None:
+            probabilities = mx.softmax(scores, axis=-1, precise=True)
+        else:
+            probabilities = exp(scores - totals[..., part, :])
         d_scores = probabilities * (
             _times(d_out[..., part, :], values[:, :, :stop].swapaxes(-1, -2)) - shares[..., part, :]
         )
+        probabilities, d_scores = probabilities.astype(keys.dtype), d_scores.astype(keys.dtype)
         d_queries.append(_times(d_scores, keys[:, :, :stop]))
         pad = [(0, 0), (0, 0), (0, width - stop), (0, 0)]
         d_keys = d_keys + mx.pad(_over_queries(d_scores, grouped[..., part, :]), pad)
         d_values = d_values + mx.pad(_over_queries(probabilities, d_out[..., part, :]), pad)
     d_layout = (mx.zeros_like(indices) for indices in layout)
+    d_keys, d_values = d_keys.astype(keys.dtype), d_values.astype(values.dtype)
     return (mx.concatenate(d_queries, axis=3).reshape(queries.shape), d_keys, d_values, *d_layout)
 
 

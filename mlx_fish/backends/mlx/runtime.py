@@ -14,3 +14,4 @@ if resource.getrlimit(resource.RLIMIT_NOFILE)[1] == _open_files[1]:
     resource.setrlimit(resource.RLIMIT_NOFILE, _open_files)  # mlx-lm lowers it for the whole process
 
 on_gpu = mx.default_device().type == mx.DeviceType.gpu
+on_metal = on_gpu and mx.metal.is_available()

@@ -83,7 +83,8 @@ class Step:
 
     def _arrays(self, batch: Batch, weights: npt.NDArray[np.float32]) -> dict[str, mx.array]:
         most = max(int(batch.targets.max()), int(batch.inputs.max()))
-        assert 0 <= most < self.head.vocab_size, f"id {most} is outside the vocabulary of {self.head.vocab_size}"
+        if not most < self.head.vocab_size:
+            raise ValueError(f"id {most} is outside the vocabulary of {self.head.vocab_size}")
         arrays = {"inputs": batch.inputs, "positions": batch.positions, "targets": batch.targets, "weights": weights}
         if batch.packing is not None:
             arrays |= {"grid": batch.packing.grid, "slots": batch.packing.slots}
@@ -105,6 +106,8 @@ class Step:
     def _summed_loss(self, matrices: list[mx.array], batch: dict[str, mx.array]) -> mx.array:
         if matrices:
             self.layers.bind(matrices)
+        else:
+            self.layers.unbind()  # generate() leaves them bound, and a trace would keep them for good
         losses = token_losses(self.head, self._hidden(batch), batch["targets"])
         self.layers.unbind()
         return (losses * batch["weights"]).sum()

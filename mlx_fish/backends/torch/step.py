@@ -92,7 +92,8 @@ def summed_loss(model: nn.Module, piece: Piece) -> torch.Tensor:
     """
     head = model.get_output_embeddings().weight
     most = max(int(piece.targets.max()), int(piece.inputs.max()))
-    assert 0 <= most < head.shape[0], f"id {most} is outside the vocabulary of {head.shape[0]}"
+    if not most < head.shape[0]:
+        raise ValueError(f"id {most} is outside the vocabulary of {head.shape[0]}")
     inputs, positions, targets = (
         torch.from_numpy(array).to(head.device).long() for array in (piece.inputs, piece.positions, piece.targets)
     )
