@@ -21,7 +21,6 @@ import numpy as np
 USABLE = (
     0.8  # of what may be held: the rest is for the buffers that the allocator keeps, the display and other programs
 )
-GB = 10**9
 GIB = 1 << 30
 
 

@@ -61,7 +61,11 @@ class Outlook:
 
     @cached_property
     def validation_shapes(self) -> list[Shape]:
-        return [shape_of(batch) for batch in fixed_batches(self.job.valid_rows, packing=self.job.updates.packing)]
+        return self._validation_shapes(None)
+
+    def _validation_shapes(self, length: int | None) -> list[Shape]:
+        batches = fixed_batches(_cut(self.job.valid_rows, length), packing=self.job.updates.packing)
+        return [replace(shape, labels=max(1, shape.labels)) for shape in map(shape_of, batches)]
 
     def peak(self, *, grad_checkpoint: bool) -> tuple[Peak, Shape]:
         """The peak of the run, and the micro-batch that causes it."""
@@ -99,6 +103,16 @@ class Outlook:
         usable = self.machine.usable
         return usable is None or self.peak_of(shape, grad_checkpoint=grad_checkpoint).total <= usable
 
+    def fits_as_it_is(self, *, grad_checkpoint: bool) -> bool:
+        usable = self.machine.usable
+        return usable is None or self.peak(grad_checkpoint=grad_checkpoint)[0].total <= usable
+
+    def validation_fits(self, length: int | None = None) -> bool:
+        """Whether every validation batch fits (with rows cut to `length`): no other setting makes it smaller."""
+        usable = self.machine.usable
+        peaks = (forward_peak_of(self.model, self.job.spec, shape).total for shape in self._validation_shapes(length))
+        return usable is None or max(peaks, default=0) <= usable
+
     def largest_batch(self, *, grad_checkpoint: bool, length: int | None = None) -> int:
         """The most rows a micro-batch that fit if the longest rows meet (cut to `length`); 0 when one alone does not."""
         rows = self._longest
@@ -132,14 +146,18 @@ class Outlook:
         return usable is None or self.peak(grad_checkpoint=grad_checkpoint)[0].total - saved <= usable
 
     def _shape_of_rows(self, rows: Sequence[Tokens], length: int | None) -> Shape:
-        if length is not None:
-            rows = [replace(row, ids=row.ids[:length], supervised=row.supervised[:length]) for row in rows]
-        shape = shape_of(make_batch(rows, packing=self.job.updates.packing))
+        shape = shape_of(make_batch(_cut(rows, length), packing=self.job.updates.packing))
         return replace(shape, labels=max(1, shape.labels))
 
     @cached_property
     def _longest(self) -> list[Tokens]:
         return sorted(self.job.rows, key=lambda row: -len(row.ids))[:MOST_ROWS]
+
+
+def _cut(rows: Sequence[Tokens], length: int | None) -> Sequence[Tokens]:
+    if length is None:
+        return rows
+    return [replace(row, ids=row.ids[:length], supervised=row.supervised[:length]) for row in rows]
 
 
 def _largest(limit: int, fits: Callable[[int], bool]) -> int:

@@ -169,7 +169,8 @@ def _needs_checkpointing(outlook: Outlook) -> bool:
     usable = outlook.machine.usable
     if usable is None or (outlook.backend == "torch" and outlook.job.config.lora_dropout):
         return False
-    return outlook.peak(grad_checkpoint=False)[0].total > usable
+    without, with_it = (outlook.peak(grad_checkpoint=choice)[0].total for choice in (False, True))
+    return without > usable and with_it < without  # a validation may be the peak, which keeps no activations anyway
 
 
 def _advice(outlook: Outlook, grad_checkpoint: bool) -> Iterator[str]:
@@ -179,14 +180,15 @@ def _advice(outlook: Outlook, grad_checkpoint: bool) -> Iterator[str]:
     for checkpoint in (grad_checkpoint,) if grad_checkpoint else (False, True):
         also = "--grad-checkpoint on " if checkpoint and config.grad_checkpoint != "on" else ""
         batch_size = outlook.largest_batch(grad_checkpoint=checkpoint)
-        if batch_size >= config.batch_size:
-            yield also.strip()
-            continue
-        if batch_size:
-            yield f"{also}--batch-size {batch_size} --grad-accumulation {math.ceil(rows / batch_size)}"
+        if outlook.validation_fits():
+            if also and outlook.fits_as_it_is(grad_checkpoint=True):
+                yield also.strip()
+                continue
+            if fewer := min(batch_size, config.batch_size - 1):
+                yield f"{also}--batch-size {fewer} --grad-accumulation {math.ceil(rows / fewer)}"
         for size in dict.fromkeys((config.batch_size, 1)):
             length = outlook.largest_length(grad_checkpoint=checkpoint, batch_size=size)
-            if length >= 64:
+            if length >= 64 and outlook.validation_fits(length):
                 smaller = "" if size == config.batch_size else f"--batch-size 1 --grad-accumulation {rows} "
                 yield f"{also}{smaller}--max-seq-length {length}"
                 break

@@ -19,6 +19,7 @@ from mlx_fish.errors import FishError
 from mlx_fish.hub import find_model
 from mlx_fish.job import load_data, make_job
 from mlx_fish.machine import GIB, MAC_MINIS, Machine, parse_memory, this_machine
+from mlx_fish.model_folder import ModelFolder
 
 SMALL_MACHINE = Machine("a small machine", 60_000_000, "cpu", 1e11, 1e10)
 
@@ -98,6 +99,20 @@ def test_advice_really_fits():
     assert not room.make_plan(job_of(batch_size=largest + 2, grad_checkpoint="on"), SMALL_MACHINE).fits
 
 
+@pytest.mark.parametrize("asked", ["off", "auto"])
+@pytest.mark.parametrize("memory", [23_000_000, 25_000_000, 27_000_000])
+def test_what_a_validation_needs_is_not_promised_away(asked, memory):
+    """One row an update and one adapted block: the validation's batches are the peak, and checkpointing makes them no smaller."""
+    settings = {"num_layers": 1, "batch_size": 1, "iters": 400, "grad_checkpoint": asked}
+    machine = replace(SMALL_MACHINE, memory=memory)
+    plan = room.make_plan(job_of(**settings), machine)
+    assert plan.fits is False
+    assert plan.worst.tokens > 600
+    assert not plan.grad_checkpoint
+    for advice in plan.advice:
+        assert advice.startswith(("--max-seq-length", "--grad-checkpoint on --max", "a base in 4 bits")), plan.advice
+
+
 @pytest.mark.parametrize(("asked", "memory", "resolved"), [
     ("auto", None, False), ("auto", 10**12, False), ("auto", 10**7, True), ("on", 10**12, True), ("off", 10**7, False),
 ])  # fmt: skip
@@ -168,7 +183,7 @@ def test_a_resumed_run_keeps_what_was_decided(settings, tmp_path, monkeypatch):
     train(backend, **settings)
     recorded = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
     assert recorded["grad_checkpoint"] == "off"
-    crowded(monkeypatch, 2_000_000)
+    monkeypatch.setattr(room, "_needs_checkpointing", lambda outlook: True)
     assert room.make_plan(job_of(**{**settings, "iters": 8})).grad_checkpoint, "anew, it would be switched on"
     monkeypatch.setattr(room, "refuse", lambda plan, resuming: None)
     resume(NumpyBackend(), output_dir=settings["output_dir"], iters=8, grad_checkpoint="auto")
@@ -192,3 +207,11 @@ def test_the_switch_is_read_as_people_write_it(arguments, expected, tmp_path, mo
     done = CliRunner().invoke(main, ["train", *arguments])
     assert done.exit_code == 0, done.output
     assert seen == [expected]
+
+
+def test_a_tokenizer_of_another_model_is_named_before_it_loads():
+    job = job_of()
+    small = ModelFolder(job.folder.path, "small")
+    small.config["vocab_size"] = 100
+    with pytest.raises(FishError, match=r"jsonl:\d+ has the token id \d+, and small has 100 embeddings"):
+        make_job(job.config, small, job.dataset)
