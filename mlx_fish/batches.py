@@ -175,13 +175,19 @@ class Updates:
             updates += self._balanced(by_length[start:stop], generator)
         updates = [updates[i] for i in generator.permutation(len(updates))]
         if number == 0:
-            # The longest update first: what does not fit in memory fails in the first seconds, not after an hour.
-            longest = max(range(len(updates)), key=lambda i: max(len(self.rows[row].ids) for row in updates[i]))
-            updates[0], updates[longest] = updates[longest], updates[0]
+            # The largest update first: what does not fit in memory fails in the first seconds, not after an hour.
+            largest = max(range(len(updates)), key=lambda number: self._size(updates[number]))
+            updates[0], updates[largest] = updates[largest], updates[0]
         size = self.batch_size
         cut = [[update[at : at + size] for at in range(0, len(update), size)] for update in updates]
         capacities = self._capacities([micro for update in cut for micro in update])
         return [[(micro, capacities[micro[0]]) for micro in update] for update in cut]
+
+    def _size(self, indices: Sequence[int]) -> tuple[int, int]:
+        """Positions that these rows take, and the cells of attention's grid."""
+        lengths = [len(self.rows[i].ids) - 1 for i in indices]
+        grid = len(lengths) * max(lengths)
+        return sum(lengths) if self.packing else grid, grid
 
     def _balanced(self, indices: Sequence[int], generator: np.random.Generator) -> list[list[int]]:
         """Deal rows, longest first, each to the update with the fewest tokens that still has room: sums come out nearly equal."""

@@ -1,6 +1,7 @@
 from itertools import product
 
 import numpy as np
+import pytest
 
 from mlx_fish.batches import Capacity, Updates, make_batch, padding_share
 from mlx_fish.data import load_dataset
@@ -82,9 +83,15 @@ def test_other_rows_meet_in_each_epoch():
     assert len(first & second) < 3
 
 
-def test_the_longest_row_comes_first():
-    longest = max(ROWS, key=lambda r: len(r.ids)).where
-    assert longest in Updates(ROWS, batch_size=4, accumulation=1, seed=5)[0][0].rows
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_largest_update_comes_first(packing):
+    """Not one that is left over and short, though it may hold the longest row."""
+    lengths = np.random.default_rng(0).lognormal(4, 1, 37).astype(int).clip(3, 800)
+    rows = [row(number, int(length)) for number, length in enumerate(lengths)]
+    for seed in range(40):
+        updates = Updates(rows, batch_size=4, accumulation=1, seed=seed, packing=packing)
+        computed = [updates[step][0].num_computed for step in range(updates.per_epoch)]
+        assert computed[0] == max(computed)
 
 
 def test_padding_share_counts_real_tokens():
