@@ -27,13 +27,10 @@ def stream(session: Session, backend: Backend, turns: tuple[Turn, ...], sampling
     shown = ""
     for token in backend.generate(session.template.prompt_ids(turns), sampling, session.end_ids):
         ids.append(token)
-        text = str(session.template.tokenizer.decode(ids, skip_special_tokens=True))
-        if not text.endswith("�") and text.startswith(shown):
+        text = session.template.answer_text(ids)
+        if text.startswith(shown):
             yield text[len(shown) :]
             shown = text
-    text = str(session.template.tokenizer.decode(ids, skip_special_tokens=True))
-    if text != shown:
-        yield text[len(shown) :]
 
 
 def read_questions(path: Path) -> list[str]:
@@ -64,7 +61,7 @@ def answer_many(
 
     def answers() -> list[str]:
         found = backend.generate_batch(prompts, sampling, session.end_ids)
-        return [str(session.template.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in found]
+        return [session.template.answer_text(ids).strip() for ids in found]
 
     rows: list[dict[str, Any]] = [
         {"question": question, "answer": answer} for question, answer in zip(questions, answers(), strict=True)

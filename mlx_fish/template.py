@@ -173,6 +173,10 @@ class Template:
             ids += self._encode(text)
         return ids
 
+    def answer_text(self, ids: list[int]) -> str:
+        """An answer's text, without a last character of which some bytes are still to come."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).rstrip("�")
+
     def tokens(self, example: Example, max_length: int) -> Tokens:
         """Tokenise a training row, at most `max_length` ids.
 

@@ -138,7 +138,7 @@ def sample_answer(backend: Backend, template: Template, end_ids: tuple[int, ...]
     """The greedy answer to one fixed question, cut at SAMPLE_TOKENS."""
     prompt = template.prompt_ids((Turn("user", SAMPLE_QUESTION),))
     ids = list(backend.generate(prompt, Sampling(max_tokens=SAMPLE_TOKENS), end_ids))
-    text = str(template.tokenizer.decode(ids)).strip().replace("\n", " ")
+    text = template.answer_text(ids).strip().replace("\n", " ")
     return text + ("…" if len(ids) == SAMPLE_TOKENS else "")
 
 
@@ -288,7 +288,7 @@ def _close(job: Job, output: Path, results: dict[str, Any]) -> None:
     say(
         f"  {results['tokens_per_second']:.0f} tokens/s, peak {results['peak_bytes'] / 1e9:.2f} GB, {results['seconds']:.0f} s; saved in {output}/"
     )
-    where = "" if str(output) == "finetuned_model" else f" --adapter {output}"
+    where = "" if str(output) == "finetuned_model" else f" --adapter {shlex.quote(str(output))}"
     say(
         f'\nNext:\n  mlx-fish generate{where} -p "{SAMPLE_QUESTION}"\n  mlx-fish evaluate{where}\n  mlx-fish fuse{where} --to-hf'
     )

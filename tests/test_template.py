@@ -100,3 +100,11 @@ def test_unknown_template():
 
     with pytest.raises(FishError, match="Did you mean `qwen`"):
         check_name("qwenn")
+
+
+def test_an_answer_cut_inside_a_character_ends_before_it(tokenizer):
+    template = Template("chat", tokenizer)
+    ids = tokenizer.encode("金鱼𪚥", add_special_tokens=False)  # four bytes that no token holds whole
+    assert template.answer_text(ids) == "金鱼𪚥"
+    assert tokenizer.decode(ids[:-1]).endswith("�")
+    assert template.answer_text(ids[:-1]) == "金鱼"
