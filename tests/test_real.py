@@ -7,6 +7,16 @@ import sys
 import numpy as np
 import pytest
 
+from mlx_fish.backends import VARIABLE
+
+
+@pytest.fixture(scope="module", autouse=True)
+def computing_with_mlx():
+    """Whatever suits the machine: transformers, with which MLX is compared here, computes with torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, "mlx")
+        yield
+
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory, real_model):
@@ -47,6 +57,7 @@ def test_the_converted_model_and_the_tuned_one_equal_transformers(run_folder, re
     session = load_session(model=str(run_folder / "base"), adapter=run_folder / "finetuned_model", no_adapter=False)
     ids = np.array(session.template.prompt_ids((Turn("user", "金鱼为什么容易浮头？"),)), np.int32)
     backend = session.load()
+    assert backend.name == "mlx"
     tuned = backend.logits(ids)
     backend.use_adapter(False)
     base = backend.logits(ids)
