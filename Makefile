@@ -31,6 +31,7 @@ check: $(VENV)/.tested ## format, lint, types, dead code
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/vulture
 
 clean: ## remove what the demo and the tools made
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis demo_output

@@ -5,10 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_fish.adapter import read_run
 from mlx_fish.backends import Backend
 from mlx_fish.batches import fixed_batches
-from mlx_fish.data import SPLITS, load_dataset
+from mlx_fish.config import TrainConfig
+from mlx_fish.data import SPLITS, Mistakes, load_dataset
 from mlx_fish.errors import FishError
+from mlx_fish.job import say_cut, tokenise
+from mlx_fish.report import say
+from mlx_fish.run_folder import find_adapter
 from mlx_fish.session import load_session
 from mlx_fish.train import validate
 
@@ -46,9 +51,11 @@ def evaluate(
     adapter: Path | None,
     no_adapter: bool,
     backend: str = "auto",
-    max_seq_length: int = 2048,
 ) -> Evaluation:
-    """Evaluate one split of a data set (default: test).
+    """Evaluate one split of a data set (default: test) as the adapter's run was validated: same rows, same length limit.
+
+    Args:
+        data: None: what the run was trained on, else the fish data.
 
     Raises:
         FishError: the split is unknown or has no rows.
@@ -56,18 +63,28 @@ def evaluate(
     split = split or "test"
     if split not in (*SPLITS, "all"):
         raise FishError(f"--split {split}: expected one of {', '.join(SPLITS)}, all.")
-    dataset = load_dataset(data)
+    place = find_adapter(adapter)
+    trained = (read_run(place) if place else {}).get("settings", {})
+    max_seq_length, skip_bad_rows = (
+        trained.get(name, getattr(TrainConfig, name)) for name in ("max_seq_length", "skip_bad_rows")
+    )
+    dataset = load_dataset(data or trained.get("data"), skip_bad_rows=skip_bad_rows)
     examples = [example for name in SPLITS if split in (name, "all") for example in dataset.splits[name]]
     if not examples:
         raise FishError(f"--data {dataset.name} has no rows in its {split} split; try --split all.")
     session = load_session(model=model, adapter=adapter, no_adapter=no_adapter, backend=backend)
-    rows = [session.template.tokens(example, max_seq_length) for example in examples]
+    mistakes = Mistakes()
+    rows = tokenise(examples, session.template, max_seq_length, mistakes)
+    if not skip_bad_rows:
+        mistakes.refuse()
+    say(f"{dataset.name}, {split}: {len(rows)} rows")
+    say_cut(rows, max_seq_length)
     batches = fixed_batches(rows, packing=not session.folder.attends_in_windows)
     tokens = sum(batch.num_supervised for batch in batches)
     loaded: Backend = session.load()
 
     def measure(base: Evaluation | None) -> Evaluation:
-        return Evaluation(validate(loaded, batches), tokens, len(examples), base)
+        return Evaluation(validate(loaded, batches), tokens, len(rows), base)
 
     if session.adapter is None:
         return measure(None)

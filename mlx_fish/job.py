@@ -73,10 +73,12 @@ def make_job(config: TrainConfig, folder: ModelFolder, dataset: Dataset) -> Job:
     tokenizer = load_tokenizer(folder)
     template = choose_template(config.template, tokenizer, folder)
     skipped = replace(dataset.skipped, first=list(dataset.skipped.first))
-    rows = _tokenise(dataset.splits["train"], template, config, skipped)
-    valid_rows = _tokenise(dataset.splits["valid"], template, config, skipped)
+    rows, valid_rows = (
+        tokenise(dataset.splits[name], template, config.max_seq_length, skipped) for name in ("train", "valid")
+    )
     if not config.skip_bad_rows:
         skipped.refuse()
+    _check_ids(rows + valid_rows, folder)
     if not rows:
         raise _no_rows(config)
     updates = Updates(
@@ -105,11 +107,12 @@ def make_job(config: TrainConfig, folder: ModelFolder, dataset: Dataset) -> Job:
     )
 
 
-def _tokenise(examples: Sequence[Example], template: Template, config: TrainConfig, mistakes: Mistakes) -> list[Tokens]:
+def tokenise(examples: Sequence[Example], template: Template, max_length: int, mistakes: Mistakes) -> list[Tokens]:
+    """Rows as tokens; those that the template or the length limit cannot take are added to `mistakes`."""
     rows = []
     for example in examples:
         try:
-            rows.append(template.tokens(example, config.max_seq_length))
+            rows.append(template.tokens(example, max_length))
         except TemplateTimeoutError:
             raise
         except FishError as error:
@@ -118,13 +121,32 @@ def _tokenise(examples: Sequence[Example], template: Template, config: TrainConf
     return rows
 
 
+def _check_ids(rows: Sequence[Tokens], folder: ModelFolder) -> None:
+    """Every id has an embedding: tokens added to a tokenizer alone have none."""
+    known = int(folder.config["vocab_size"])
+    for row in rows:
+        if (most := int(row.ids.max())) >= known:
+            raise FishError(
+                f"{row.where} has the token id {most}, and {folder.name} has {known} embeddings; "
+                "take the tokenizer that belongs to the model."
+            )
+
+
+def say_cut(rows: Sequence[Tokens], max_length: int) -> None:
+    """A cut answer is reported, never trained or measured as if whole."""
+    if cut := [row.where for row in rows if row.cut]:
+        say(
+            f"! {len(cut)} rows are longer than --max-seq-length {max_length} and were cut, without an end token: "
+            f"{', '.join(cut[:3])}{'…' if len(cut) > 3 else ''}"
+        )
+
+
 def describe(job: Job) -> None:
     """Say what is trained on what."""
     parameters, trainable = job.folder.num_parameters, job.spec.num_parameters
     tokens = sum(len(row.ids) for row in job.rows)
     supervised = sum(row.num_supervised for row in job.rows)
     padding = padding_share(job.updates, min(job.iters, job.updates.per_epoch))
-    cut = [row.where for row in job.rows + job.valid_rows if row.cut]
     config = job.config
     say(f"  model       {job.folder.name}, {parameters / 1e6:.1f} M parameters")
     say(
@@ -142,10 +164,9 @@ def describe(job: Job) -> None:
     )
     if config.packing and not job.updates.packing:
         say(f"! {job.folder.name} attends in windows, so rows are padded, not packed")
-    if cut:
-        say(
-            f"! {len(cut)} rows are longer than --max-seq-length {config.max_seq_length} and were cut, without an end token: {', '.join(cut[:3])}{'…' if len(cut) > 3 else ''}"
-        )
+    say_cut(job.rows + job.valid_rows, config.max_seq_length)
+    if config.warmup > job.iters:
+        say(f"! --warmup {config.warmup} is longer than the run, which never reaches the learning rate")
     if job.skipped.count:
         say(f"! {job.skipped.count} broken rows are left out; the first: {job.skipped.first[0]}")
     if not job.valid_rows:

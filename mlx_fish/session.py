@@ -52,7 +52,8 @@ def base_of(adapter: Path, model: str | None) -> ModelFolder:
 def load_session(*, model: str | None, adapter: Path | None, no_adapter: bool, backend: str = "auto") -> Session:
     """Find the backend, the adapter, its base and the template that it was trained with.
 
-    Without an adapter (none trained yet, or `--no-adapter`) the base alone, in the template that training would choose.
+    Without an adapter (none trained yet, or `--no-adapter`) the base alone: in the run's template where the base is the run's, so
+    that both are asked alike, else in the one that training would choose.
     """
     backend = choose_backend(backend)
     place = find_adapter(adapter)
@@ -62,11 +63,13 @@ def load_session(*, model: str | None, adapter: Path | None, no_adapter: bool, b
         folder = find_model(model)
         return Session(folder, None, choose_template("auto", load_tokenizer(folder), folder), backend)
     folder = base_of(place, model)
-    found = load_adapter(place)
-    check_plain(found, "answering")
-    check_fits(found, folder.linear_layers, folder.name)
-    check_base(found, folder.fingerprint, folder.name)
-    name = read_run(place).get("template", {}).get("name", "auto")
+    found = None if no_adapter else load_adapter(place)
+    if found is not None:
+        check_plain(found, "answering")
+        check_fits(found, folder.linear_layers, folder.name)
+        check_base(found, folder.fingerprint, folder.name)
+    # Another model than the adapter's has a template of its own.
+    name = "auto" if no_adapter and model else read_run(place).get("template", {}).get("name", "auto")
     tokenizer = load_tokenizer(folder)
     check_name(name)
-    return Session(folder, None if no_adapter else found, choose_template(name, tokenizer, folder), backend)
+    return Session(folder, found, choose_template(name, tokenizer, folder), backend)

@@ -290,6 +290,27 @@ def test_every_architecture_meets_its_own_head(pair):
     assert abs(backend.evaluate(make_batch([row])) - each[3:].sum().item()) < 1e-4
 
 
+def test_an_id_outside_the_vocabulary_is_refused(tiny, backend):
+    """Never clipped to the last one."""
+    size = tiny.config["vocab_size"]
+    for ids in ([1, 2, 3, size], [1, size, 3, 4]):
+        wrong = make_batch([Tokens(np.array(ids, np.int32), np.array([False, True, True, True]), "here:1")])
+        with pytest.raises(ValueError, match=f"id {size} is outside the vocabulary of {size}"):
+            backend.step([wrong], 1e-3, [0])
+        with pytest.raises(ValueError, match="outside the vocabulary"):
+            backend.evaluate(wrong)
+
+
+def test_the_base_is_measured_without_the_adapter_whatever_came_before(tiny, backend, rows):
+    batch = make_batch(rows[:2])
+    base = load_backend(tiny).evaluate(batch)
+    backend.logits(rows[0].ids)  # leaves the adapter in the layers
+    backend.use_adapter(False)
+    assert backend.evaluate(batch) == base
+    backend.use_adapter(True)
+    assert abs(backend.evaluate(batch) / base - 1) > 1e-3
+
+
 def test_a_second_adapter_takes_the_first_ones_place(tiny, spec, backend, rows):
     expected = backend.logits(rows[0].ids)
     narrow = LoraSpec.uniform(choose_layers(tiny.linear_layers, target="q_proj", num_layers=1), rank=2, alpha=4)

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny_folders
 from click.testing import CliRunner
 
 from mlx_fish.cli import main
@@ -50,6 +51,12 @@ BAD = [
     (["trian"], 2, "Did you mean `train`?"),
     (["generate"], 2, "give a question with -p"),
     (["generate", "-p", " "], 1, "-p is empty"),
+    (["generate", "-p", "x", "--top-p", "0.9"], 2, "--temp"),
+    (["generate", "-p", "x", "--seed", "1"], 2, "--seed chooses among samples"),
+    (["generate", "--questions", "bad.jsonl", "--json"], 2, "--json goes with -p"),
+    (["generate", "--questions", "bad.jsonl", "--out", "nowhere/answers.jsonl"], 1, "a folder that exists"),
+    (["convert", "--group-size", "32"], 2, "goes with -q"),
+    (["fuse", "--to-hf", "--ollama-type", "f16"], 2, "goes with --to-ollama"),
     (["generate", "-p", "x", "--adapter", "nowhere"], 1, "run `mlx-fish train` first"),
     (["evaluate", "--adapter", "full"], 1, "was expected"),
     (["fuse"], 2, "name a target"),
@@ -178,6 +185,25 @@ def test_evaluate_puts_the_base_beside(trained):
     alone = json.loads(run("evaluate", "--json", "--no-adapter", cwd=trained).stdout)
     assert alone["base"] is None
     assert abs(alone["loss"] - result["base"]["loss"]) < 1e-6
+
+
+def test_evaluate_takes_the_rows_that_the_run_was_trained_on(tmp_path):
+    rows = [{"question": f"第{number}条", "answer": "换水" * (number % 7 + 20)} for number in range(60)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = ("--model", "tiny", "--data", "mine.jsonl", "--iters", "1", "--max-seq-length", "30")
+    assert run("train", *own, cwd=tmp_path).returncode == 0
+    done = run("evaluate", "--split", "all", "--json", cwd=tmp_path)
+    assert json.loads(done.stdout)["rows"] == 60
+    assert "mine.jsonl, all: 60 rows" in done.stderr
+    assert "longer than --max-seq-length 30 and were cut" in done.stderr
+
+
+def test_the_base_alone_may_be_any_model(trained, tmp_path):
+    """An adapter in the folder, of another model or spoilt, is no reason to refuse `--no-adapter`."""
+    model = tmp_path / "other"
+    tiny_folders.write_folder(model)
+    done = run("generate", "-p", "鱼", "--no-adapter", "--model", str(model), "--max-tokens", "2", cwd=trained)
+    assert done.returncode == 0, done.stderr
 
 
 def test_generate_answers_on_stdout_alone(trained):

@@ -93,7 +93,14 @@ def test_the_writer_refuses_numbers_that_are_not_finite(tmp_path):
 
 @pytest.mark.parametrize(
     "error",
-    [MemoryError(), RuntimeError("[malloc] Unable to allocate 99 bytes."), RuntimeError("MPS backend out of memory")],
+    [
+        MemoryError(),
+        RuntimeError("[malloc] Unable to allocate 99 bytes."),
+        RuntimeError("MPS backend out of memory"),
+        RuntimeError(
+            "[metal::malloc] Attempting to allocate 99 bytes which is greater than the maximum allowed buffer size"
+        ),
+    ],
 )
 def test_out_of_memory_is_one_sentence_with_three_settings(settings, error):
     def fail(step):

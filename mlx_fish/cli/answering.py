@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from mlx_fish.cli.options import backend_option
+from mlx_fish.cli.options import backend_option, given
 from mlx_fish.errors import FishError
 from mlx_fish.report import say
 
@@ -66,6 +66,12 @@ def generate(
         raise click.UsageError("--compare needs the adapter that --no-adapter leaves out.")
     if further and questions is not None:
         raise click.UsageError("--input goes with -p.")
+    if as_json and questions is not None:
+        raise click.UsageError("--json goes with -p; the answers to --questions are JSON lines anyway.")
+    if not temp and (chosen := given("top_p", "top_k", "seed")):
+        raise click.UsageError(f"{chosen} chooses among samples; give --temp above 0 too.")
+    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
+        raise FishError(f"--out {out}: a file in a folder that exists was expected.")
     from mlx_fish import generate as room
     from mlx_fish.run_folder import find_adapter
 
@@ -106,7 +112,9 @@ def generate(
 
 
 @click.command()
-@click.option("--data", help="A file, a folder, or a data set's name.  [default: fish_care]")
+@click.option(
+    "--data", help="A file, a folder, or a data set's name.  [default: what the adapter was trained on, else fish_care]"
+)
 @click.option(
     "--split",
     type=click.Choice(["train", "valid", "test", "all"]),

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from mlx_fish.cli.options import DTYPES
+from mlx_fish.cli.options import DTYPES, given
 from mlx_fish.report import byte_bar, say, size_text
 
 GGUF_TYPES = click.Choice(["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m"], case_sensitive=False)
@@ -115,6 +115,8 @@ def _check_fuse_options(
     """No option is accepted and ignored."""
     if ollama is None and (create or ollama_adapter):
         raise click.UsageError(f"{'--create' if create else '--ollama-adapter'} goes with --to-ollama.")
+    if ollama is None and given("ollama_type"):
+        raise click.UsageError("--ollama-type goes with --to-ollama.")
     if mlx_bits and not to_mlx:
         raise click.UsageError("--mlx-bits goes with --to-mlx.")
     if dtype and not (to_hf or to_mlx):

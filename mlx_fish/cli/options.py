@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from mlx_fish.config import BACKENDS, TrainConfig, flag_name, kind_of, read_yaml
 
@@ -46,6 +47,15 @@ def train_settings(config_file: Path | None, flags: dict[str, Any]) -> dict[str,
     """What a YAML file sets, and what flags set above it."""
     settings = read_yaml(config_file) if config_file else {}
     return settings | {name: value for name, value in flags.items() if value is not None}
+
+
+def given(*names: str) -> str | None:
+    """The flag of the first of these parameters of the present command that was given, None where all were left out."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        if parameter.name in names and context.get_parameter_source(parameter.name) is not ParameterSource.DEFAULT:
+            return parameter.opts[-1]
+    return None
 
 
 def memory_size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:

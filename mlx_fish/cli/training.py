@@ -1,12 +1,13 @@
 """`mlx-fish convert`, `plan` and `train`."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mlx_fish.cli.options import DTYPES, memory_size, train_options, train_settings
+from mlx_fish.cli.options import DTYPES, given, memory_size, train_options, train_settings
 from mlx_fish.config import TrainConfig
 from mlx_fish.report import byte_bar, say, size_text
 
@@ -28,6 +29,8 @@ def convert(
     model: str | None, out: Path | None, dtype: str | None, bits: str | None, group_size: str, overwrite: bool
 ) -> None:
     """Make an MLX folder of a Hugging Face model or a GGUF file."""
+    if bits is None and given("group_size"):
+        raise click.UsageError("--group-size goes with -q 4 or -q 8.")
     from mlx_fish.convert import convert as run
 
     with byte_bar("converting") as progress:
@@ -44,7 +47,7 @@ def convert(
     if bits:
         size += f" in {bits} bits"
     say(f"{result.path}: {size}, {size_text(result.num_bytes)}, {result.seconds:.1f} s")
-    say(f"\nNext:\n  mlx-fish train --model {result.path} --iters 10")
+    say(f"\nNext:\n  mlx-fish train --model {shlex.quote(str(result.path))} --iters 10")
 
 
 @click.command()
