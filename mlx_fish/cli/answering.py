@@ -35,10 +35,14 @@ from mlx_fish.report import say
     type=click.FloatRange(0, 1, min_open=True),
     default=1.0,
     show_default=True,
-    help="Sample from this share of probability.",
+    help="With --temp: sample from this share of probability.",
 )
 @click.option(
-    "--top-k", type=click.IntRange(0), default=0, show_default=True, help="Sample from the k likeliest tokens; 0: all."
+    "--top-k",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="With --temp: sample from the k likeliest tokens; 0: all.",
 )
 @click.option(
     "--repetition-penalty",
@@ -47,7 +51,7 @@ from mlx_fish.report import say
     show_default=True,
     help="Above 1: repeat less; as in transformers.",
 )
-@click.option("--seed", type=click.IntRange(0), default=42, show_default=True, help="For sampling.")
+@click.option("--seed", type=click.IntRange(0), default=42, show_default=True, help="With --temp: the samples' seed.")
 @backend_option
 @click.option("--system", default="", help="A system prompt.")
 @click.option("--compare", is_flag=True, help="Put the base's answer beside the tuned one's.")
