@@ -113,6 +113,17 @@ def make_batch(rows: Sequence[Tokens], *, packing: bool = False, capacity: Capac
     )
 
 
+def check_ids(inputs: Int32, targets: Int32, vocab_size: int) -> None:
+    """
+    Raises:
+        ValueError: an id without an embedding, which a loss would clip and a framework might read past its array.
+    """
+    ids = [int(extreme) for array in (inputs, targets) for extreme in (array.min(), array.max())]
+    for wrong in (min(ids), max(ids)):
+        if not 0 <= wrong < vocab_size:
+            raise ValueError(f"id {wrong} is outside the vocabulary of {vocab_size}")
+
+
 def _packing(lengths: Sequence[int], capacity: Capacity) -> Packing:
     grid = np.full((len(lengths), capacity.width), -1, np.int32)
     inside = np.arange(capacity.width) < np.array(lengths)[:, None]
@@ -202,19 +213,14 @@ class Updates:
 
     def _capacities(self, micro_batches: Sequence[list[int]]) -> dict[int, Capacity]:
         """By its first row, the capacity of each micro-batch: one for a run of like sizes, so shapes are few and little is filled up."""
-
-        def size(indices: list[int]) -> int:
-            lengths = [len(self.rows[i].ids) - 1 for i in indices]
-            return sum(lengths) if self.packing else max(lengths)
-
         by_count: dict[int, list[list[int]]] = {}
-        for indices in sorted(micro_batches, key=size, reverse=True):
+        for indices in sorted(micro_batches, key=lambda indices: self._size(indices)[0], reverse=True):
             by_count.setdefault(len(indices), []).append(indices)
         # A packed sequence of several rows is balanced by the choice of its rows; a single row needs more capacities to fit.
         num_runs = max(NUM_CLASSES[self.packing], NUM_CLASSES[False] // self.batch_size)
         capacities: dict[int, Capacity] = {}
         for alike in by_count.values():
-            for start, stop in _runs([size(indices) for indices in alike], num_runs):
+            for start, stop in _runs([self._size(indices)[0] for indices in alike], num_runs):
                 capacity = Capacity.of([[self.rows[i] for i in indices] for indices in alike[start:stop]])
                 capacities |= {indices[0]: capacity for indices in alike[start:stop]}
         return capacities

@@ -1,7 +1,7 @@
 """`mlx-fish evaluate`: the loss over supervised tokens, the base's beside the tuned model's."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,21 +64,18 @@ def evaluate(
     if split not in (*SPLITS, "all"):
         raise FishError(f"--split {split}: expected one of {', '.join(SPLITS)}, all.")
     place = find_adapter(adapter)
-    trained = (read_run(place) if place else {}).get("settings", {})
-    max_seq_length, skip_bad_rows = (
-        trained.get(name, getattr(TrainConfig, name)) for name in ("max_seq_length", "skip_bad_rows")
-    )
-    dataset = load_dataset(data or trained.get("data"), skip_bad_rows=skip_bad_rows)
+    settings = asdict(TrainConfig()) | (read_run(place).get("settings", {}) if place else {})
+    dataset = load_dataset(data or settings["data"], skip_bad_rows=settings["skip_bad_rows"])
     examples = [example for name in SPLITS if split in (name, "all") for example in dataset.splits[name]]
     if not examples:
         raise FishError(f"--data {dataset.name} has no rows in its {split} split; try --split all.")
     session = load_session(model=model, adapter=adapter, no_adapter=no_adapter, backend=backend)
     mistakes = Mistakes()
-    rows = tokenise(examples, session.template, max_seq_length, mistakes)
-    if not skip_bad_rows:
+    rows = tokenise(examples, session.template, settings["max_seq_length"], mistakes)
+    if not rows or not settings["skip_bad_rows"]:
         mistakes.refuse()
     say(f"{dataset.name}, {split}: {len(rows)} rows")
-    say_cut(rows, max_seq_length)
+    say_cut(rows, settings["max_seq_length"])
     batches = fixed_batches(rows, packing=not session.folder.attends_in_windows)
     tokens = sum(batch.num_supervised for batch in batches)
     loaded: Backend = session.load()

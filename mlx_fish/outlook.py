@@ -99,19 +99,21 @@ class Outlook:
             )
         return total
 
-    def fits(self, shape: Shape, *, grad_checkpoint: bool) -> bool:
+    def _has_room(self, num_bytes: int) -> bool:
         usable = self.machine.usable
-        return usable is None or self.peak_of(shape, grad_checkpoint=grad_checkpoint).total <= usable
+        return usable is None or num_bytes <= usable
+
+    def fits(self, shape: Shape, *, grad_checkpoint: bool) -> bool:
+        return self._has_room(self.peak_of(shape, grad_checkpoint=grad_checkpoint).total)
 
     def fits_as_it_is(self, *, grad_checkpoint: bool) -> bool:
-        usable = self.machine.usable
-        return usable is None or self.peak(grad_checkpoint=grad_checkpoint)[0].total <= usable
+        """Whether the whole run fits, validation included."""
+        return self._has_room(self.peak(grad_checkpoint=grad_checkpoint)[0].total)
 
     def validation_fits(self, length: int | None = None) -> bool:
         """Whether every validation batch fits (with rows cut to `length`): no other setting makes it smaller."""
-        usable = self.machine.usable
-        peaks = (forward_peak_of(self.model, self.job.spec, shape).total for shape in self._validation_shapes(length))
-        return usable is None or max(peaks, default=0) <= usable
+        shapes = self.validation_shapes if length is None else self._validation_shapes(length)
+        return all(self._has_room(forward_peak_of(self.model, self.job.spec, shape).total) for shape in shapes)
 
     def largest_batch(self, *, grad_checkpoint: bool, length: int | None = None) -> int:
         """The most rows a micro-batch that fit if the longest rows meet (cut to `length`); 0 when one alone does not."""
@@ -141,9 +143,8 @@ class Outlook:
 
     def fits_in_four_bits(self, *, grad_checkpoint: bool) -> bool:
         """Whether the run would fit with the base quantised to 4 bits in groups of 64, each with a scale and a bias."""
-        usable = self.machine.usable
         saved = self.model.weight_bytes - self.model.four_bit_bytes
-        return usable is None or self.peak(grad_checkpoint=grad_checkpoint)[0].total - saved <= usable
+        return self._has_room(self.peak(grad_checkpoint=grad_checkpoint)[0].total - saved)
 
     def _shape_of_rows(self, rows: Sequence[Tokens], length: int | None) -> Shape:
         shape = shape_of(make_batch(_cut(rows, length), packing=self.job.updates.packing))

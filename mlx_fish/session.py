@@ -68,8 +68,9 @@ def load_session(*, model: str | None, adapter: Path | None, no_adapter: bool, b
         check_plain(found, "answering")
         check_fits(found, folder.linear_layers, folder.name)
         check_base(found, folder.fingerprint, folder.name)
-    # Another model than the adapter's has a template of its own.
-    name = "auto" if no_adapter and model else read_run(place).get("template", {}).get("name", "auto")
+    run = read_run(place)
+    another = found is None and run.get("base", {}).get("fingerprint") != folder.fingerprint
+    name = "auto" if another else run.get("template", {}).get("name", "auto")
     tokenizer = load_tokenizer(folder)
     check_name(name)
     return Session(folder, found, choose_template(name, tokenizer, folder), backend)

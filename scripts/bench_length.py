@@ -8,16 +8,14 @@ grow.
 """
 
 import argparse
-import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench_task import DEFAULTS, SUPERVISED_SHARE, synthetic_rows, write_first_blocks
+from bench_task import DEFAULTS, SUPERVISED_SHARE, first_blocks, synthetic_rows, write_lines
 from print_roofline import parts_of
 
 from mlx_fish.adapter import LoraSpec, choose_layers, initial_arrays
@@ -53,17 +51,10 @@ def main() -> None:
     if any(options.batch_tokens % length for length in options.lengths):
         parser.error(f"--batch-tokens {options.batch_tokens}: a multiple of every length was expected.")
     choose_backend("mlx")  # before transformers is imported
-    folder = find_model(options.model)
-    with tempfile.TemporaryDirectory() as place:
-        if options.layers:
-            write_first_blocks(folder, Path(place), options.layers)
-            folder = ModelFolder(Path(place), folder.name)
+    with first_blocks(find_model(options.model), options.layers) as folder:
         lines = measure(folder, options)
     print(table(lines))
-    if options.json:
-        settings = {name: value for name, value in vars(options).items() if name != "json"}
-        record = {"settings": settings, "lines": [asdict(line) for line in lines]}
-        options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_lines(options, lines)
 
 
 def measure(folder: ModelFolder, options: argparse.Namespace) -> list[Line]:

@@ -7,17 +7,15 @@ those of `train`: four rows of like length, in an order of its own for each layo
 """
 
 import argparse
-import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from batch_shapes import shape_of
-from bench_task import DEFAULTS, fish_rows, synthetic_rows, write_first_blocks
+from bench_task import DEFAULTS, first_blocks, fish_rows, synthetic_rows, write_lines
 
 from mlx_fish.adapter import LoraSpec, choose_layers, initial_arrays
 from mlx_fish.backends import Backend, choose_backend, load_backend
@@ -69,20 +67,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the table here")
     options = parser.parse_args()
     choose_backend("mlx")  # before transformers is imported
-    folder = find_model(options.model)
-    with tempfile.TemporaryDirectory() as place:
-        if options.layers:
-            write_first_blocks(folder, Path(place), options.layers)
-            folder = ModelFolder(Path(place), folder.name)
+    with first_blocks(find_model(options.model), options.layers) as folder:
         backend = load_backend(folder, name="mlx")
         spec = LoraSpec.uniform(choose_layers(folder.linear_layers), rank=options.rank, alpha=2 * options.rank)
         backend.attach(spec, initial_arrays(spec, DEFAULTS.seed))
         lines = [line for name in options.sets for line in measure(backend, name, rows_of(folder, name), options)]
     print(table(lines))
-    if options.json:
-        settings = {name: value for name, value in vars(options).items() if name != "json"}
-        record = {"settings": settings, "lines": [asdict(line) for line in lines]}
-        options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_lines(options, lines)
 
 
 def rows_of(folder: ModelFolder, name: str) -> list[Tokens]:

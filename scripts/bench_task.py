@@ -1,9 +1,12 @@
 """What `bench.py`'s systems compute: the model's folder, the rows, the adapter's start and the updates, the same for each."""
 
 import argparse
+import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +78,25 @@ def synthetic_rows(folder: ModelFolder, number: int, length: int) -> list[Tokens
     ids = np.resize(np.array(tokenizer.encode(text, add_special_tokens=False), np.int32), (number, length))
     supervised = np.arange(length) >= length - max(1, round(SUPERVISED_SHARE * length))
     return [Tokens(row, supervised, f"synthetic:{index}", False) for index, row in enumerate(ids)]
+
+
+@contextmanager
+def first_blocks(folder: ModelFolder, number: int | None) -> Iterator[ModelFolder]:
+    """A model of the first `number` blocks, in a temporary folder; None: the model as it is."""
+    if not number:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as place:
+        write_first_blocks(folder, Path(place), number)
+        yield ModelFolder(Path(place), folder.name)
+
+
+def write_lines(options: argparse.Namespace, lines: Sequence[Any]) -> None:
+    """With --json, the options and a table's lines."""
+    if options.json:
+        settings = {name: value for name, value in vars(options).items() if name != "json"}
+        record = {"settings": settings, "lines": [asdict(line) for line in lines]}
+        options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def write_first_blocks(source: ModelFolder, target: Path, number: int) -> None:

@@ -199,7 +199,7 @@ def test_evaluate_takes_the_rows_that_the_run_was_trained_on(tmp_path):
 
 
 def test_the_base_alone_may_be_any_model(trained, tmp_path):
-    """An adapter in the folder, of another model or spoilt, is no reason to refuse `--no-adapter`."""
+    """An adapter in the folder, of another model, is no reason to refuse `--no-adapter`."""
     model = tmp_path / "other"
     tiny_folders.write_folder(model)
     done = run("generate", "-p", "鱼", "--no-adapter", "--model", str(model), "--max-tokens", "2", cwd=trained)

@@ -19,7 +19,7 @@ from mlx_fish.backends.mlx.attention import PackedRows
 from mlx_fish.backends.mlx.checkpointing import checkpointed
 from mlx_fish.backends.mlx.lora import LoraLayers
 from mlx_fish.backends.mlx.loss import Head, make_loss, token_losses
-from mlx_fish.batches import Batch
+from mlx_fish.batches import Batch, check_ids
 
 BETA1, BETA2, EPSILON, MAX_NORM = 0.9, 0.999, 1e-8, 1.0
 
@@ -82,9 +82,7 @@ class Step:
         return self._arrays(batch, weights) | {"key": mx.random.key(dropout_seed)}
 
     def _arrays(self, batch: Batch, weights: npt.NDArray[np.float32]) -> dict[str, mx.array]:
-        most = max(int(batch.targets.max()), int(batch.inputs.max()))
-        if not most < self.head.vocab_size:
-            raise ValueError(f"id {most} is outside the vocabulary of {self.head.vocab_size}")
+        check_ids(batch.inputs, batch.targets, self.head.vocab_size)
         arrays = {"inputs": batch.inputs, "positions": batch.positions, "targets": batch.targets, "weights": weights}
         if batch.packing is not None:
             arrays |= {"grid": batch.packing.grid, "slots": batch.packing.slots}

@@ -13,7 +13,7 @@ from mlx_fish.adapter import Arrays
 from mlx_fish.backends import StepResult
 from mlx_fish.backends.torch.lora import LoraLayers
 from mlx_fish.backends.torch.loss import losses
-from mlx_fish.batches import Batch, Int32
+from mlx_fish.batches import Batch, Int32, check_ids
 
 BETAS, EPSILON, MAX_NORM = (0.9, 0.999), 1e-8, 1.0
 
@@ -91,9 +91,7 @@ def summed_loss(model: nn.Module, piece: Piece) -> torch.Tensor:
     need no attention mask; rows that lie end to end need one, and positions that begin anew.
     """
     head = model.get_output_embeddings().weight
-    most = max(int(piece.targets.max()), int(piece.inputs.max()))
-    if not most < head.shape[0]:
-        raise ValueError(f"id {most} is outside the vocabulary of {head.shape[0]}")
+    check_ids(piece.inputs, piece.targets, head.shape[0])
     inputs, positions, targets = (
         torch.from_numpy(array).to(head.device).long() for array in (piece.inputs, piece.positions, piece.targets)
     )
