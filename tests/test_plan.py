@@ -101,9 +101,10 @@ def test_advice_really_fits():
 
 @pytest.mark.parametrize("asked", ["off", "auto"])
 @pytest.mark.parametrize("memory", [23_000_000, 25_000_000, 27_000_000])
-def test_what_a_validation_needs_is_not_promised_away(asked, memory):
-    """One row an update and one adapted block: the validation's batches are the peak, and checkpointing makes them no smaller."""
-    settings = {"num_layers": 1, "batch_size": 1, "iters": 400, "grad_checkpoint": asked}
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_what_a_validation_needs_is_not_promised_away(asked, memory, batch_size):
+    """Few rows an update and one adapted block: the validation's batches are the peak, and checkpointing makes them no smaller."""
+    settings = {"num_layers": 1, "batch_size": batch_size, "iters": 400, "grad_checkpoint": asked}
     machine = replace(SMALL_MACHINE, memory=memory)
     plan = room.make_plan(job_of(**settings), machine)
     assert plan.fits is False
