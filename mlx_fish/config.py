@@ -4,6 +4,7 @@ Knows nothing of how a setting is used. Names that LLaMA-Factory's users type ar
 """
 
 import dataclasses
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ class TrainConfig:
     def _check(self, item: "dataclasses.Field[Any]", value: Any) -> None:
         flag = flag_name(item.name)
         if value is None:
-            if "None" not in str(item.type):
+            if not _may_be_none(item):
                 raise FishError(f"{flag} is empty; give a value or leave it out.")
             return
         kind = kind_of(item)
@@ -123,10 +124,18 @@ _KIND_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "tru
 
 
 def kind_of(item: "dataclasses.Field[Any]") -> type:
-    """The plain type of a field: `int | None` -> int."""
-    return {"int": int, "float": float, "str": str, "bool": bool}[
-        str(item.type).split(" | ")[0].removeprefix("<class '").removesuffix("'>")
-    ]
+    """The plain type of a setting: `int | None` -> int."""
+    kinds = [kind for kind in _kinds(item.name) if kind is not type(None)]
+    return kinds[0]
+
+
+def _may_be_none(item: "dataclasses.Field[Any]") -> bool:
+    return type(None) in _kinds(item.name)
+
+
+def _kinds(name: str) -> tuple[type, ...]:
+    hint = typing.get_type_hints(TrainConfig)[name]
+    return typing.get_args(hint) or (hint,)
 
 
 def flag_name(name: str) -> str:

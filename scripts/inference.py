@@ -6,12 +6,13 @@ python scripts/inference.py MODEL_FOLDER   # that model alone, for example a fus
 
 import sys
 
-from mlx_fish.backends import Sampling
+from mlx_fish.backends.protocol import Sampling
+from mlx_fish.data.templates.template import choose_template
+from mlx_fish.data.templates.tokenizer import load_tokenizer
 from mlx_fish.errors import FishError
-from mlx_fish.generate import stream, turns_of
-from mlx_fish.hub import find_model
-from mlx_fish.session import Session, load_session
-from mlx_fish.template import choose_template, load_tokenizer
+from mlx_fish.inference.answers import stream, turns_of
+from mlx_fish.inference.session import Session, load_session
+from mlx_fish.models.hub import find_model
 
 
 def main() -> None:

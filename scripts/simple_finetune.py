@@ -10,7 +10,7 @@ import sys
 
 from mlx_fish.config import TrainConfig
 from mlx_fish.errors import FishError
-from mlx_fish.train import train
+from mlx_fish.training.train import train
 
 
 def main() -> None:

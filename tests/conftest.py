@@ -2,16 +2,13 @@
 
 import os
 import signal
-from pathlib import Path
 
 import pytest
 import torch  # noqa: F401  (bound to its own BLAS: with OpenBLAS's threads beside its own it crawls)
 
-from mlx_fish.blas import load_openblas
+from mlx_fish.backends.blas import load_openblas
 
 load_openblas()
-
-ROOT = Path(__file__).parent.parent
 
 # A shell's background job ignores SIGINT, `nohup` SIGHUP, and so would every program that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -25,7 +22,7 @@ _ran = dict.fromkeys(BACKENDS, 0)
 @pytest.fixture(scope="module", params=BACKENDS)
 def backend_name(request):
     """Each backend in turn, chosen as a person does, for this process and for those that a test starts."""
-    from mlx_fish.backends import VARIABLE, choose_backend
+    from mlx_fish.backends.choose import VARIABLE, choose_backend
     from mlx_fish.errors import FishError
 
     try:
@@ -62,14 +59,14 @@ def pytest_sessionfinish(session, exitstatus):
 @pytest.fixture(scope="session")
 def tiny():
     """The built-in model's folder."""
-    from mlx_fish.hub import find_model
+    from mlx_fish.models.hub import find_model
 
     return find_model("tiny")
 
 
 @pytest.fixture(scope="session")
 def tokenizer(tiny):
-    from mlx_fish.template import load_tokenizer
+    from mlx_fish.data.templates.tokenizer import load_tokenizer
 
     return load_tokenizer(tiny)
 
@@ -77,7 +74,7 @@ def tokenizer(tiny):
 @pytest.fixture(scope="session")
 def real_model():
     """A real 0.5B model's folder, named by MLX_FISH_TEST_MODEL."""
-    from mlx_fish.hub import find_model
+    from mlx_fish.models.hub import find_model
 
     path = os.environ.get("MLX_FISH_TEST_MODEL")
     if not path:

@@ -8,9 +8,12 @@ from typing import Any
 import click
 
 from mlx_fish import __version__
-from mlx_fish.cli.answering import evaluate, generate
-from mlx_fish.cli.fusing import fuse
-from mlx_fish.cli.training import convert, plan, train
+from mlx_fish.cli.convert import convert
+from mlx_fish.cli.evaluate import evaluate
+from mlx_fish.cli.fuse import fuse
+from mlx_fish.cli.generate import generate
+from mlx_fish.cli.plan import plan
+from mlx_fish.cli.train import train
 from mlx_fish.errors import FishError
 
 

@@ -60,7 +60,7 @@ def given(*names: str) -> str | None:
 
 def memory_size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
     """`16GB` -> bytes."""
-    from mlx_fish.machine import parse_memory
+    from mlx_fish.planning.machine import parse_memory
 
     try:
         return None if value is None else parse_memory(value)

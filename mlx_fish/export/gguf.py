@@ -14,18 +14,18 @@ import numpy.typing as npt
 
 from mlx_fish import __version__
 from mlx_fish.errors import FishError
-from mlx_fish.export import MergedModel
 from mlx_fish.export.gguf_types import GGUF_TYPES, as_read, encoded, ggml_type, num_bytes, tensor_type
 from mlx_fish.export.gguf_vocab import vocabulary
-from mlx_fish.gguf_model import llama3_factors
-from mlx_fish.tensors import Float32
+from mlx_fish.export.writer import MergedModel
+from mlx_fish.models.families import FAMILIES, NAMES
+from mlx_fish.models.gguf.model import llama3_factors
+from mlx_fish.storage.tensors import Float32
 
-ARCHITECTURES = ("qwen2", "llama")
 _ROPE_FREQUENCIES = "rope_freqs.weight"
 
 
 class GgufWriter:
-    """Takes a model's tensors in the order of `model.shapes`; see `mlx_fish.export.Writer`.
+    """Takes a model's tensors in the order of `model.shapes`; see `mlx_fish.export.writer.Writer`.
 
     Raises:
         FishError: an architecture, a feature or a tokenizer that has no place in GGUF as it is known here.
@@ -127,9 +127,9 @@ class GgufWriter:
 def check_architecture(config: Mapping[str, Any]) -> None:
     """Refuse by name what GGUF, as it is known here, does not hold."""
     kind = config.get("model_type")
-    if kind not in ARCHITECTURES:
+    if kind not in FAMILIES:
         raise FishError(
-            f"a {kind} model cannot be written to GGUF by mlx-fish, which knows {' and '.join(ARCHITECTURES)}; use "
+            f"a {kind} model cannot be written to GGUF by mlx-fish, which knows {NAMES}; use "
             "--to-hf and llama.cpp's own converter."
         )
     if config.get("use_sliding_window"):
@@ -143,7 +143,7 @@ def tensor_names(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any
     """Hugging Face name -> GGUF name."""
     import gguf
 
-    architecture = {"qwen2": gguf.MODEL_ARCH.QWEN2, "llama": gguf.MODEL_ARCH.LLAMA}[str(config["model_type"])]
+    architecture = gguf.MODEL_ARCH[str(config["model_type"]).upper()]
     known = gguf.get_tensor_name_map(architecture, int(config["num_hidden_layers"]))
     names = {name: known.get_name(name, try_suffixes=(".weight", ".bias")) for name in shapes}
     for name, found in names.items():
@@ -155,8 +155,8 @@ def tensor_names(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any
 
 
 def rotary_heads(config: Mapping[str, Any]) -> dict[str, int]:
-    """Layers whose rows llama.cpp stores in another order -> their number of heads. Empty for qwen2."""
-    if config.get("model_type") != "llama":
+    """Layers whose rows llama.cpp stores in another order -> their number of heads."""
+    if not FAMILIES[str(config["model_type"])].gguf_rotary_pairs:
         return {}
     heads = int(config["num_attention_heads"])
     return {"q_proj": heads, "k_proj": int(config.get("num_key_value_heads") or heads)}
@@ -195,7 +195,7 @@ def add_config_keys(writer: Any, config: Mapping[str, Any]) -> None:
     writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
     writer.add_rope_freq_base(float(config.get("rope_theta") or 10000.0))
     writer.add_vocab_size(int(config["vocab_size"]))
-    if config.get("model_type") == "llama":
+    if FAMILIES[str(config["model_type"])].has_head_dim:
         writer.add_rope_dimension_count(head_dim)
     if head_dim != hidden // heads:
         writer.add_key_length(head_dim)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_fish.adapter import Adapter, key_a, key_b
-from mlx_fish.export import MergedModel
+from mlx_fish.adapters.peft import Adapter
 from mlx_fish.export.gguf import add_model_keys, rotary_heads, tensor_names, to_rotary_pairs
+from mlx_fish.export.writer import MergedModel
 
 
 def write_gguf_adapter(path: Path, adapter: Adapter, model: MergedModel) -> int:
@@ -20,9 +20,9 @@ def write_gguf_adapter(path: Path, adapter: Adapter, model: MergedModel) -> int:
 
     assert not adapter.magnitudes, "refused before"
     spec = adapter.spec
-    names = tensor_names({f"{module}.weight": shape for module, shape in spec.layers.items()}, model.config)
+    names = tensor_names({f"{module}.weight": layer.shape for module, layer in spec.layers.items()}, model.config)
     heads = rotary_heads(model.config)
-    alphas = {module: spec.scales[module] * spec.ranks[module] for module in spec.layers}
+    alphas = {module: layer.scale * layer.rank for module, layer in spec.layers.items()}
     shared = np.ptp(list(alphas.values())) < 1e-9 * max(map(abs, alphas.values()))
     alpha = next(iter(alphas.values())) if shared else 1.0  # llama.cpp and Ollama know one: others go into B
     writer = gguf.GGUFWriter(path, str(model.config["model_type"]))
@@ -32,7 +32,7 @@ def write_gguf_adapter(path: Path, adapter: Adapter, model: MergedModel) -> int:
     writer.add_float32("adapter.lora.alpha", alpha)
     size = 0
     for module in spec.layers:
-        a, b = adapter.arrays[key_a(module)], adapter.arrays[key_b(module)]
+        a, b = adapter.factors(module)
         if not shared:
             b = b * np.float32(alphas[module])
         if rotary := heads.get(module.rsplit(".", 1)[-1]):

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_fish.errors import FishError
-from mlx_fish.tensors import Float32, decode, encode
+from mlx_fish.storage.tensors import Float32, decode, encode
 
 if TYPE_CHECKING:
     from gguf.constants import GGMLQuantizationType

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fish.errors import FishError
-from mlx_fish.files import read_json
-from mlx_fish.gguf_tokenizer import PRE_TOKENIZERS
+from mlx_fish.models.gguf.tokenizer import PRE_TOKENIZERS
+from mlx_fish.storage.files import read_json
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")

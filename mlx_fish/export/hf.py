@@ -7,16 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_fish.export import MergedModel
-from mlx_fish.files import write_json, write_text
-from mlx_fish.model_folder import RECORD, copy_tokenizer
-from mlx_fish.tensors import DTYPES, SHARD_BYTES, Float32, ShardWriter, Slot, decode, encode, encoded_pieces
-
-ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
+from mlx_fish.export.writer import MergedModel
+from mlx_fish.models.families import FAMILIES
+from mlx_fish.models.folder import RECORD, copy_tokenizer
+from mlx_fish.storage.files import write_json, write_text
+from mlx_fish.storage.tensors import DTYPES, SHARD_BYTES, Float32, ShardWriter, Slot, decode, encode, encoded_pieces
 
 
 class HfWriter:
-    """Writes weights, configs, tokenizer, template and model card into an empty folder; see `mlx_fish.export.Writer`."""
+    """Writes weights, configs, tokenizer, template and model card into an empty folder; see `mlx_fish.export.writer.Writer`."""
 
     def __init__(
         self,
@@ -74,7 +73,7 @@ def stored_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """config.json for plain weights in `dtype` (named in the new form and the old): no quantisation, no code to run."""
     dropped = ("quantization", "quantization_config", "auto_map", "_name_or_path")
     stored = {key: value for key, value in config.items() if key not in dropped}
-    architecture = ARCHITECTURES.get(str(config.get("model_type")))
-    if "architectures" not in stored and architecture:
-        stored["architectures"] = [architecture]
+    family = FAMILIES.get(str(config.get("model_type")))
+    if "architectures" not in stored and family:
+        stored["architectures"] = [family.architecture]
     return {**stored, "dtype": dtype, "torch_dtype": dtype}

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from mlx_fish.adapter import Adapter, block_of, key_a, key_b
+from mlx_fish.adapters.peft import Adapter
+from mlx_fish.adapters.spec import block_of
 from mlx_fish.errors import FishError
-from mlx_fish.export import MergedModel
 from mlx_fish.export.hf import stored_config, write_beside
-from mlx_fish.files import write_json
-from mlx_fish.tensors import (
+from mlx_fish.export.writer import MergedModel
+from mlx_fish.storage.files import write_json
+from mlx_fish.storage.tensors import (
     DTYPES,
     SHARD_BYTES,
     Float32,
@@ -28,7 +29,7 @@ from mlx_fish.tensors import (
 
 
 class QuantizedWriter:
-    """Quantises each matrix as mlx-lm does (affine, also the embedding); see `mlx_fish.export.Writer`."""
+    """Quantises each matrix as mlx-lm does (affine, also the embedding); see `mlx_fish.export.writer.Writer`."""
 
     def __init__(
         self,
@@ -111,15 +112,15 @@ def write_mlx_adapter(folder: Path, adapter: Adapter, model: MergedModel) -> int
     """
     assert not adapter.magnitudes, "refused before"
     spec = adapter.spec
-    rank = max(spec.ranks.values())
-    scales = set(spec.scales.values())
-    scale = scales.pop() if len(scales) == 1 else 1.0
+    rank = max(layer.rank for layer in spec.layers.values())
+    scales = {layer.scale for layer in spec.layers.values()}
+    scale = scales.copy().pop() if len(scales) == 1 else 1.0
     arrays: dict[str, Float32] = {}
-    for module in spec.layers:
-        a, b = adapter.arrays[key_a(module)], adapter.arrays[key_b(module)]
-        extra = rank - spec.ranks[module]
-        if len(set(spec.scales.values())) > 1:
-            b = b * np.float32(spec.scales[module])
+    for module, layer in spec.layers.items():
+        a, b = adapter.factors(module)
+        extra = rank - layer.rank
+        if len(scales) > 1:
+            b = b * np.float32(layer.scale)
         arrays[f"{module}.lora_a"] = np.ascontiguousarray(np.pad(a, ((0, extra), (0, 0))).T)
         arrays[f"{module}.lora_b"] = np.ascontiguousarray(np.pad(b, ((0, 0), (0, extra))).T)
     config = {

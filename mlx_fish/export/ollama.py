@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fish.errors import FishError
-from mlx_fish.export import MergedModel
 from mlx_fish.export.go_template import GoTemplate, Message, go_template
 from mlx_fish.export.modelfile import ModelfileError, written
-from mlx_fish.files import write_text
-from mlx_fish.model_folder import ModelFolder
+from mlx_fish.export.writer import MergedModel
+from mlx_fish.models.folder import ModelFolder
+from mlx_fish.storage.files import write_text
 
 _NAME = re.compile(r"([a-z0-9][a-z0-9._-]*/)?[a-z0-9][a-z0-9._-]*(:[A-Za-z0-9][A-Za-z0-9._-]*)?")
 _LEAST_CONTEXT = 4096
@@ -144,7 +144,7 @@ def _template_command(go_text: str) -> str:
 
 
 def _tokenizer(model: MergedModel) -> Any:
-    from mlx_fish.template import load_tokenizer
+    from mlx_fish.data.templates.tokenizer import load_tokenizer
 
     return load_tokenizer(ModelFolder(model.tokenizer_folder, model.name))
 

@@ -8,16 +8,17 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_fish.adapter import Arrays, LoraSpec
-from mlx_fish.backends import Sampling, StepResult
+from mlx_fish.adapters.spec import AdapterSpec, Arrays
+from mlx_fish.backends.limits import USABLE_MEMORY
 from mlx_fish.backends.mlx.generate import generate, generate_batch
 from mlx_fish.backends.mlx.lora import LoraLayers
 from mlx_fish.backends.mlx.loss import Head
 from mlx_fish.backends.mlx.model import load_model
 from mlx_fish.backends.mlx.step import State, Step
-from mlx_fish.batches import Batch
-from mlx_fish.machine import USABLE
-from mlx_fish.model_folder import ModelFolder
+from mlx_fish.backends.protocol import Gradient, Sampling, StepResult
+from mlx_fish.data.batches import Batch
+from mlx_fish.models.folder import ModelFolder
+from mlx_fish.objectives.objective import LossFunction, negative_log_likelihood
 
 __all__ = ["Head", "MlxBackend", "runtime"]
 
@@ -31,11 +32,11 @@ def _wire() -> None:
     limit = mx.device_info().get("max_recommended_working_set_size")
     if isinstance(limit, int) and limit > 0:
         with contextlib.suppress(ValueError, RuntimeError):
-            mx.set_wired_limit(int(USABLE * limit))
+            mx.set_wired_limit(int(USABLE_MEMORY * limit))
 
 
 class MlxBackend:
-    """A base model in MLX, with at most one adapter on it. See `mlx_fish.backends.Backend`."""
+    """A base model in MLX, with at most one adapter on it. See `mlx_fish.backends.protocol.Backend`."""
 
     name = "mlx"
 
@@ -48,15 +49,22 @@ class MlxBackend:
         self.dtype = str(dtype).removeprefix("mlx.core.")
         self._activations = dtype
         self._layers: LoraLayers | None = None
-        self._step = Step(self.model, LoraLayers(self.model, LoraSpec({}, {}, {}), dtype))  # evaluates the base
+        self._step = Step(self.model, LoraLayers(self.model, AdapterSpec("lora", {}), dtype))  # evaluates the base
         self._state: State | None = None
         self._enabled = True
 
-    def attach(self, spec: LoraSpec, arrays: Arrays, *, grad_checkpoint: bool = False) -> None:
+    def attach(
+        self,
+        spec: AdapterSpec,
+        arrays: Arrays,
+        *,
+        loss: LossFunction = negative_log_likelihood,
+        grad_checkpoint: bool = False,
+    ) -> None:
         if self._layers is not None:
             self._layers.remove(self.model)
         self._layers = LoraLayers(self.model, spec, self._activations)
-        self._step = Step(self.model, self._layers, grad_checkpoint=grad_checkpoint)
+        self._step = Step(self.model, self._layers, loss=loss, grad_checkpoint=grad_checkpoint)
         flat = self._layers.flatten(arrays)
         self._state = State(flat, mx.zeros_like(flat), mx.zeros_like(flat))
         mx.eval(self._state.flat, self._state.first, self._state.second)
@@ -65,11 +73,13 @@ class MlxBackend:
     def use_adapter(self, enabled: bool) -> None:
         self._enabled = enabled
 
-    def step(
-        self, batches: Sequence[Batch], learning_rate: float, dropout_seeds: Sequence[int]
-    ) -> Callable[[], StepResult]:
+    def gradient(self, batches: Sequence[Batch], num_supervised: int, dropout_seeds: Sequence[int]) -> Gradient:
         assert self._state is not None, "attach an adapter first"
-        return self._step(self._state, batches, learning_rate, dropout_seeds)
+        return self._step.gradient(self._state, batches, num_supervised, dropout_seeds)
+
+    def update(self, gradient: Gradient, learning_rate: float) -> Callable[[], StepResult]:
+        assert self._state is not None, "attach an adapter first"
+        return self._step.update(self._state, gradient, learning_rate)
 
     def evaluate(self, batch: Batch) -> float:
         return self._step.evaluate(self._state.flat if self._state and self._enabled else None, batch)

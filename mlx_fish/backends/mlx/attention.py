@@ -12,9 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import scaled_dot_product_attention
 
+from mlx_fish.backends.limits import MLX_QUERY_BLOCK
 from mlx_fish.backends.mlx.activations import exp
-
-QUERY_BLOCK = 128  # queries at a time: bounds the scores held, and skips most of those that the mask hides
 
 
 @dataclass(frozen=True)
@@ -210,8 +209,8 @@ def _flatten(heads: mx.array) -> mx.array:
 
 
 def _blocks(width: int) -> list[tuple[int, int]]:
-    """Equal blocks of at most QUERY_BLOCK queries."""
-    size = -(-width // -(-width // QUERY_BLOCK))
+    """Equal blocks of at most MLX_QUERY_BLOCK queries."""
+    size = -(-width // -(-width // MLX_QUERY_BLOCK))
     return [(start, min(start + size, width)) for start in range(0, width, size)]
 
 

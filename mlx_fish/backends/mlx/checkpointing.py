@@ -1,10 +1,11 @@
 """Activation checkpointing: a block keeps its input alone and computes itself again in the backward pass (arXiv 1604.06174).
 
-A block's LoRA matrices must be arguments of what is recomputed: an array that a function merely captures counts as a constant.
+A block's adapter tensors must be arguments of what is recomputed: an array that a function merely captures counts as a constant.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, cast
 
 import mlx_fish.backends.mlx.runtime  # noqa: F401  isort: skip
@@ -38,10 +39,13 @@ class CheckpointedBlock(nn.Module):
         """(B, L, D) -> (B, L, D)."""
         assert cache is None
 
-        def compute(x: mx.array, *matrices: mx.array) -> mx.array:
-            for layer, a, b in zip(self._lora, matrices[::2], matrices[1::2], strict=True):
-                layer.lora_a, layer.lora_b = a, b
+        counts = [len(layer.values) for layer in self._lora]
+
+        def compute(x: mx.array, *tensors: mx.array) -> mx.array:
+            rest = iter(tensors)
+            for layer, count in zip(self._lora, counts, strict=True):
+                if count:
+                    layer.bind(islice(rest, count))
             return cast(mx.array, self.block(x, mask))
 
-        matrices = [matrix for layer in self._lora for matrix in (layer.lora_a, layer.lora_b) if matrix is not None]
-        return mx.checkpoint(compute)(x, *matrices)
+        return mx.checkpoint(compute)(x, *(value for layer in self._lora for value in layer.values))

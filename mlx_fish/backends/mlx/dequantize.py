@@ -5,7 +5,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_fish.tensors import Float32
+from mlx_fish.storage.tensors import Float32
 
 _ROWS = 4096  # expanded at a time: an embedding would be held twice otherwise
 

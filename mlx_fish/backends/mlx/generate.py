@@ -8,7 +8,7 @@ import mlx.nn as nn
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.sample_utils import make_repetition_penalty
 
-from mlx_fish.backends import Sampling
+from mlx_fish.backends.protocol import Sampling
 
 Sampler = Callable[[mx.array], mx.array]
 Processor = Callable[[mx.array, mx.array], mx.array]

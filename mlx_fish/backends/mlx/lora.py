@@ -7,18 +7,18 @@ A is (r, in) and B is (out, r), as PEFT stores them. The masters are one float32
 operations instead of a few for each of 336 matrices; the layers compute in the model's own dtype.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import mlx_fish.backends.mlx.runtime  # noqa: F401  isort: skip
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_fish.adapter import Arrays, LoraSpec, key_a, key_b
+from mlx_fish.adapters.spec import AdapterSpec, Arrays, FlatLayout
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer with a low-rank addition. `dropout_key` is set for a training step only."""
+    """A frozen linear layer with a low-rank addition: W x (+ b) alone until `bind` gives it A and B."""
 
     def __init__(self, linear: nn.Module, *, scale: float, dropout: float):
         super().__init__()
@@ -28,6 +28,18 @@ class LoraLinear(nn.Module):
         self.lora_a: mx.array | None = None
         self.lora_b: mx.array | None = None
         self.dropout_key: mx.array | None = None
+
+    @property
+    def values(self) -> list[mx.array]:
+        """A and B, or nothing where none are bound."""
+        return [] if self.lora_a is None or self.lora_b is None else [self.lora_a, self.lora_b]
+
+    def bind(self, values: Iterable[mx.array]) -> None:
+        """Compute with A (r, in) and B (out, r)."""
+        self.lora_a, self.lora_b = values
+
+    def unbind(self) -> None:
+        self.lora_a = self.lora_b = self.dropout_key = None
 
     def __call__(self, x: mx.array) -> mx.array:
         """(..., in) -> (..., out)."""
@@ -42,52 +54,45 @@ class LoraLinear(nn.Module):
 
 
 class LoraLayers:
-    """Every LoraLinear of a model, and the map between the flat vector and their matrices."""
+    """Every LoraLinear of a model, and the map between the flat vector and their tensors."""
 
-    def __init__(self, model: nn.Module, spec: LoraSpec, dtype: mx.Dtype):
+    def __init__(self, model: nn.Module, spec: AdapterSpec, dtype: mx.Dtype):
         self.spec = spec
         self.dtype = dtype
+        self.layout = FlatLayout(spec)
         self.layers: list[LoraLinear] = []
-        self.keys: list[str] = []
-        self.shapes: list[tuple[int, int]] = []
-        for module, (out, inner) in spec.layers.items():
+        for module, layer_spec in spec.layers.items():
             parent, name = _parent(model, module)
-            layer = LoraLinear(getattr(parent, name), scale=spec.scales[module], dropout=spec.dropout)
+            layer = LoraLinear(getattr(parent, name), scale=layer_spec.scale, dropout=spec.dropout)
             setattr(parent, name, layer)
             self.layers.append(layer)
-            self.keys += [key_a(module), key_b(module)]
-            self.shapes += [(spec.ranks[module], inner), (out, spec.ranks[module])]
-        self.sizes = [rows * columns for rows, columns in self.shapes]
-        self._ends = np.cumsum(self.sizes)[:-1].tolist()
 
     def flatten(self, arrays: Arrays) -> mx.array:
-        """PEFT's named matrices -> (P,) float32."""
-        for key, shape in zip(self.keys, self.shapes, strict=True):
-            assert arrays[key].shape == shape, (key, arrays[key].shape, shape)
-        return mx.array(np.concatenate([arrays[key].reshape(-1) for key in self.keys]))
+        """PEFT's named tensors -> (P,) float32."""
+        return mx.array(self.layout.flatten(arrays))
 
     def unflatten(self, flat: mx.array) -> Arrays:
-        """(P,) float32 -> PEFT's named matrices."""
-        pieces = np.split(np.array(flat), self._ends)
-        return {key: piece.reshape(shape) for key, piece, shape in zip(self.keys, pieces, self.shapes, strict=True)}
+        """(P,) float32 -> PEFT's named tensors."""
+        return self.layout.unflatten(np.array(flat))
 
     def split(self, flat: mx.array) -> list[mx.array]:
-        """(P,) -> A and B of each layer in turn, inside a traced function."""
-        pieces = mx.split(flat, self._ends)
-        return [piece.reshape(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+        """(P,) -> every tensor in turn, inside a traced function."""
+        pieces = mx.split(flat, self.layout.ends)
+        return [piece.reshape(shape) for piece, shape in zip(pieces, self.layout.shapes, strict=True)]
 
-    def bind(self, matrices: Sequence[mx.array], dropout_key: mx.array | None = None) -> None:
-        """Let every layer compute with these matrices."""
+    def bind(self, tensors: Sequence[mx.array], dropout_key: mx.array | None = None) -> None:
+        """Let every layer compute with its tensors, and drop where a key is given."""
         keys: list[mx.array | None] = [None] * len(self.layers)
         if dropout_key is not None and self.spec.dropout:
             keys = [*mx.random.split(dropout_key, len(self.layers))]
-        for layer, a, b, key in zip(self.layers, matrices[::2], matrices[1::2], keys, strict=True):
-            layer.lora_a, layer.lora_b, layer.dropout_key = a.astype(self.dtype), b.astype(self.dtype), key
+        for layer, values, key in zip(self.layers, self.layout.by_layer(tensors), keys, strict=True):
+            layer.bind(value.astype(self.dtype) for value in values)
+            layer.dropout_key = key
 
     def unbind(self) -> None:
         """Let every layer compute the base alone."""
         for layer in self.layers:
-            layer.lora_a = layer.lora_b = layer.dropout_key = None
+            layer.unbind()
 
     def remove(self, model: nn.Module) -> None:
         """Put the plain layers back."""

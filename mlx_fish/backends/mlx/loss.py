@@ -21,12 +21,10 @@ import mlx_fish.backends.mlx.runtime as runtime  # isort: skip
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_fish.backends.limits import MLX_LOSS_CHUNK_BYTES, MLX_LOSS_MAX_CHUNK, MLX_LOSS_MIN_CHUNK
 from mlx_fish.backends.mlx.activations import exp, row_sums
 
-# Float32 logits held at a time. On a CPU what fits its cache takes no longer, and a fifth less memory in all.
-CHUNK_BYTES = (32 if runtime.on_gpu else 8) << 20
-# Columns in a chunk. With more, a BLAS that adds a short row's terms up one by one would lose the small ones after a large one.
-MIN_CHUNK, MAX_CHUNK = 1024, 16_384
+CHUNK_BYTES = MLX_LOSS_CHUNK_BYTES["gpu" if runtime.on_gpu else "cpu"]
 
 
 @dataclass(frozen=True)
@@ -116,48 +114,51 @@ def token_losses_and_gradients(
 def _one_pass(
     head: Head, hidden: mx.array, targets: mx.array, chunk: int | None, *, with_gradients: bool
 ) -> tuple[mx.array, mx.array]:
-    """The losses, and their gradients where they are wanted (else a scalar 0)."""
-    chunk = chunk or min(MAX_CHUNK, max(MIN_CHUNK, CHUNK_BYTES // (4 * hidden.shape[0])))
+    """The losses (N,), and their gradients (N, D) where they are wanted (else a scalar 0)."""
+    chunk = chunk or min(MLX_LOSS_MAX_CHUNK, max(MLX_LOSS_MIN_CHUNK, CHUNK_BYTES // (4 * hidden.shape[0])))
     targets = targets[:, None]
-    numbers = mx.arange(
-        head.vocab_size
-    )  # an array: numbers written into the graph would be compiled into a kernel for each chunk
-    top = mx.full((hidden.shape[0], 1), -mx.inf)
-    own = mx.zeros((hidden.shape[0], 1))  # l_t
-    total = mx.zeros((hidden.shape[0], 1))
-    blend = mx.zeros(hidden.shape) if with_gradients else mx.array(0.0)
+    # An array (V,): numbers written into the graph would be compiled into a kernel for each chunk.
+    numbers = mx.arange(head.vocab_size)
+    running_max = mx.full((hidden.shape[0], 1), -mx.inf)  # m
+    target_logit = mx.zeros((hidden.shape[0], 1))  # l_t
+    running_sum = mx.zeros((hidden.shape[0], 1))  # s'
+    weighted_rows = mx.zeros(hidden.shape) if with_gradients else mx.array(0.0)  # R' (N, D)
     for start in range(0, head.vocab_size, chunk):
         stop = min(start + chunk, head.vocab_size)
         # Without this, the scheduler may compute many chunks' logits before it folds the first one in.
-        rows = mx.depends(hidden, [own, total, blend]) if start else hidden
-        logits = head.logits(rows, start, stop)
+        rows = mx.depends(hidden, [target_logit, running_sum, weighted_rows]) if start else hidden
+        logits = head.logits(rows, start, stop)  # (N, chunk)
         first, last = numbers[start : start + 1], numbers[stop - 1 : stop]
         # l_t as the product rounded it: in half precision by up to 0.06, which must be the same wherever l_t stands.
         picked = mx.take_along_axis(logits, mx.clip(targets, first, last) - first, axis=-1)
-        own = mx.where((targets >= first) & (targets <= last), picked, own)
-        new_top = mx.maximum(top, logits.max(axis=-1, keepdims=True))
-        factors, decay = mx.where(numbers[start:stop] == targets, 0, exp(logits - new_top)), exp(top - new_top)
-        total = total * decay + row_sums(factors)
+        target_logit = mx.where((targets >= first) & (targets <= last), picked, target_logit)
+        new_max = mx.maximum(running_max, logits.max(axis=-1, keepdims=True))
+        factors = mx.where(numbers[start:stop] == targets, 0, exp(logits - new_max))  # (N, chunk)
+        decay = exp(running_max - new_max)  # (N, 1), 0 in the first chunk
+        running_sum = running_sum * decay + row_sums(factors)
         if with_gradients:
-            blend = blend * decay + head.weighted_rows(factors, start, stop, hidden.dtype)
-        top = new_top
-    whole = total + exp(own - top)
-    losses = (top + mx.log(whole) - own)[:, 0]
-    return losses, (blend - total * head.rows(targets[:, 0])) / whole if with_gradients else blend
+            weighted_rows = weighted_rows * decay + head.weighted_rows(factors, start, stop, hidden.dtype)
+        running_max = new_max
+    whole_sum = running_sum + exp(target_logit - running_max)  # s
+    losses = (running_max + mx.log(whole_sum) - target_logit)[:, 0]
+    if not with_gradients:
+        return losses, weighted_rows
+    return losses, (weighted_rows - running_sum * head.rows(targets[:, 0])) / whole_sum
 
 
-def make_loss(head: Head, chunk: int | None = None) -> Callable[[mx.array, mx.array], mx.array]:
-    """A differentiable `losses(hidden, targets)`: (N, D), (N,) -> (N,) float32; its gradient flows to `hidden` alone."""
+def make_log_probs(head: Head, chunk: int | None = None) -> Callable[[mx.array, mx.array], mx.array]:
+    """A differentiable `log_probs(hidden, targets)`: (N, D), (N,) -> (N,) float32; its gradient flows to `hidden` alone."""
 
     @mx.custom_function
-    def losses(hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-        return token_losses_and_gradients(head, hidden, targets, chunk)
+    def log_probs(hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+        losses, gradients = token_losses_and_gradients(head, hidden, targets, chunk)
+        return -losses, gradients
 
-    @losses.vjp
-    def losses_vjp(
+    @log_probs.vjp
+    def log_probs_vjp(
         primals: tuple[mx.array, mx.array], cotangents: tuple[mx.array, mx.array], outputs: tuple[mx.array, mx.array]
     ) -> tuple[mx.array, mx.array]:
         hidden, targets = primals
-        return (cotangents[0][:, None] * outputs[1]).astype(hidden.dtype), mx.zeros_like(targets)
+        return (-cotangents[0][:, None] * outputs[1]).astype(hidden.dtype), mx.zeros_like(targets)
 
-    return lambda hidden, targets: cast(tuple[mx.array, mx.array], losses(hidden, targets))[0]
+    return lambda hidden, targets: cast(tuple[mx.array, mx.array], log_probs(hidden, targets))[0]

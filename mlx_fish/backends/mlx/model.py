@@ -8,11 +8,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.utils import load_model as load_mlx_lm_model
 
+from mlx_fish.backends.blas import MISSING
 from mlx_fish.backends.mlx.activations import SwiGluMlp
 from mlx_fish.backends.mlx.attention import Attention
-from mlx_fish.blas import MISSING
 from mlx_fish.errors import FishError
-from mlx_fish.model_folder import ModelFolder
+from mlx_fish.models.folder import ModelFolder
 
 
 def load_model(folder: ModelFolder, notice: Callable[[str], None]) -> tuple[nn.Module, mx.Dtype]:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,30 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.utils import load_model, quantize_model, save_model
 
 from mlx_fish.errors import FishError
-from mlx_fish.tensors import Float32
+from mlx_fish.storage.tensors import Float32
 
 _ROWS = 4096  # quantised at a time: bounds what MLX holds of an embedding
+
+
+@dataclass(frozen=True)
+class MlxQuantizer:
+    """See `mlx_fish.models.convert.Quantizer`: 4 or 8 bits, `group_size` weights share a scale and a bias."""
+
+    bits: int
+    group_size: int
+
+    def quantize_folder(
+        self,
+        source: Path,
+        target: Path,
+        *,
+        config: dict[str, Any],
+        dtype: str,
+        progress: Callable[[int], None] = lambda num_bytes: None,
+    ) -> dict[str, Any]:
+        return quantize_folder(
+            source, target, config=config, bits=self.bits, group_size=self.group_size, dtype=dtype, progress=progress
+        )
 
 
 def quantize_folder(

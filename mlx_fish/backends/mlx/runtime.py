@@ -2,7 +2,7 @@
 
 import resource
 
-from mlx_fish.blas import load_openblas
+from mlx_fish.backends.blas import load_openblas
 
 has_fast_blas = load_openblas()
 _open_files = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -6,22 +6,23 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mlx_fish.adapter import Arrays, LoraSpec
-from mlx_fish.backends import Sampling, StepResult
+from mlx_fish.adapters.spec import AdapterSpec, Arrays
+from mlx_fish.backends.protocol import Gradient, Sampling, StepResult
 from mlx_fish.backends.torch import memory
 from mlx_fish.backends.torch.generate import generate, generate_batch
 from mlx_fish.backends.torch.lora import LoraLayers
 from mlx_fish.backends.torch.model import choose_device, load_model
 from mlx_fish.backends.torch.step import Step, evaluate
-from mlx_fish.batches import Batch
+from mlx_fish.data.batches import Batch
 from mlx_fish.errors import FishError
-from mlx_fish.model_folder import ModelFolder
+from mlx_fish.models.folder import ModelFolder
+from mlx_fish.objectives.objective import LossFunction, negative_log_likelihood
 
 __all__ = ["TorchBackend"]
 
 
 class TorchBackend:
-    """A base model in torch, with at most one adapter on it. See `mlx_fish.backends.Backend`."""
+    """A base model in torch, with at most one adapter on it. See `mlx_fish.backends.protocol.Backend`."""
 
     name = "torch"
 
@@ -33,7 +34,14 @@ class TorchBackend:
         self._layers: LoraLayers | None = None
         self._step: Step | None = None
 
-    def attach(self, spec: LoraSpec, arrays: Arrays, *, grad_checkpoint: bool = False) -> None:
+    def attach(
+        self,
+        spec: AdapterSpec,
+        arrays: Arrays,
+        *,
+        loss: LossFunction = negative_log_likelihood,
+        grad_checkpoint: bool = False,
+    ) -> None:
         if grad_checkpoint and spec.dropout:
             raise FishError(
                 "--grad-checkpoint with --lora-dropout would draw other masks when torch computes a block again; leave one of them out."
@@ -41,21 +49,23 @@ class TorchBackend:
         if self._layers is not None:
             self._layers.remove()
         self._layers = LoraLayers(self.model, spec, arrays)
-        self._step = Step(self.model, self._layers, grad_checkpoint=grad_checkpoint)
+        self._step = Step(self.model, self._layers, loss=loss, grad_checkpoint=grad_checkpoint)
 
     def use_adapter(self, enabled: bool) -> None:
         if self._layers is not None:
             self._layers.enable(enabled)
 
-    def step(
-        self, batches: Sequence[Batch], learning_rate: float, dropout_seeds: Sequence[int]
-    ) -> Callable[[], StepResult]:
+    def gradient(self, batches: Sequence[Batch], num_supervised: int, dropout_seeds: Sequence[int]) -> Gradient:
         assert self._step is not None, "attach an adapter first"
-        return self._step(batches, learning_rate, dropout_seeds)
+        return self._step.gradient(batches, num_supervised, dropout_seeds)
+
+    def update(self, gradient: Gradient, learning_rate: float) -> Callable[[], StepResult]:
+        assert self._step is not None, "attach an adapter first"
+        return self._step.update(gradient, learning_rate)
 
     @torch.inference_mode()
     def evaluate(self, batch: Batch) -> float:
-        return evaluate(self.model, batch)
+        return evaluate(self.model, batch, self._step.loss if self._step else negative_log_likelihood)
 
     @torch.inference_mode()
     def logits(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:

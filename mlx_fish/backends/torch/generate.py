@@ -14,7 +14,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from mlx_fish.backends import Sampling
+from mlx_fish.backends.protocol import Sampling
 
 ROWS = 16  # prompts answered side by side
 

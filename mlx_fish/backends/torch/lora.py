@@ -9,12 +9,11 @@ import contextlib
 import re
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 import torch.nn as nn
 from peft import LoraConfig, LoraModel
 
-from mlx_fish.adapter import Arrays, LoraSpec, key_a, key_b
+from mlx_fish.adapters.spec import AdapterSpec, Arrays, FlatLayout
 from mlx_fish.backends.torch.products import ADAPTER, LoraLinear
 
 
@@ -36,45 +35,36 @@ class KeyedDropout(nn.Module):
 
 
 class LoraLayers:
-    """The LoRA layers of a model, and the map between the flat vector and their matrices.
+    """The LoRA layers of a model, and the map between the flat vector and their tensors.
 
     Attributes:
         master: (P,) float32, what the optimizer moves.
-        matrices: A and B of each layer in turn, in the model's dtype: what the layers compute with.
+        tensors: those of each layer in turn, in the model's dtype: what the layers compute with.
     """
 
-    def __init__(self, model: nn.Module, spec: LoraSpec, arrays: Arrays):
+    def __init__(self, model: nn.Module, spec: AdapterSpec, arrays: Arrays):
         self.model = model
         self.spec = spec
-        self.keys = [key for module in spec.layers for key in (key_a(module), key_b(module))]
-        self._shapes = [
-            shape
-            for module, (out, inner) in spec.layers.items()
-            for shape in ((spec.ranks[module], inner), (out, spec.ranks[module]))
-        ]
-        self._sizes = [rows * columns for rows, columns in self._shapes]
+        self.layout = FlatLayout(spec)
         weight = next(model.parameters())
         self.master = nn.Parameter(self.flatten(arrays).to(weight.device))
         self._computed = self.master.detach().to(weight.dtype)  # the same memory when that is float32
-        self.matrices = [nn.Parameter(view) for view in self._views(self._computed)]
+        self.tensors = [nn.Parameter(view) for view in self._views(self._computed)]
         self._generator = torch.Generator(device=weight.device)
         self._dropouts: list[KeyedDropout] = []
         self._tuner = self._inject()
 
     def flatten(self, arrays: Arrays) -> torch.Tensor:
-        """PEFT's named matrices -> (P,) float32 on the CPU."""
-        for key, shape in zip(self.keys, self._shapes, strict=True):
-            assert arrays[key].shape == shape, (key, arrays[key].shape, shape)
-        return torch.from_numpy(np.concatenate([arrays[key].reshape(-1) for key in self.keys]))
+        """PEFT's named tensors -> (P,) float32 on the CPU."""
+        return torch.from_numpy(self.layout.flatten(arrays))
 
     def unflatten(self, flat: torch.Tensor) -> Arrays:
-        """(P,) float32 -> PEFT's named matrices, copied."""
-        views = self._views(flat.detach().cpu())
-        return {key: view.numpy().copy() for key, view in zip(self.keys, views, strict=True)}
+        """(P,) float32 -> PEFT's named tensors, copied."""
+        return self.layout.unflatten(flat.detach().cpu().numpy().copy())
 
     def gradient(self, loss: torch.Tensor) -> torch.Tensor:
         """d loss / d masters, (P,) float32."""
-        pieces = torch.autograd.grad(loss, self.matrices)
+        pieces = torch.autograd.grad(loss, self.tensors)
         return torch.cat([piece.reshape(-1).float() for piece in pieces])
 
     def refresh(self) -> None:
@@ -106,23 +96,25 @@ class LoraLayers:
         self._tuner.unload()
 
     def _views(self, flat: torch.Tensor) -> Sequence[torch.Tensor]:
-        pieces = torch.split(flat, self._sizes)
-        return [piece.view(shape) for piece, shape in zip(pieces, self._shapes, strict=True)]
+        pieces = torch.split(flat, self.layout.sizes)
+        return [piece.view(shape) for piece, shape in zip(pieces, self.layout.shapes, strict=True)]
 
     def _inject(self) -> LoraModel:
         config = LoraConfig(
             target_modules="|".join(
                 re.escape(module) for module in self.spec.layers
             ),  # a pattern: only whole names match
-            rank_pattern={re.escape(module): rank for module, rank in self.spec.ranks.items()},
+            rank_pattern={re.escape(module): layer.rank for module, layer in self.spec.layers.items()},
             bias="none",
         )
         tuner = LoraModel(self.model, config, ADAPTER, low_cpu_mem_usage=True)  # draws no start of its own
-        for module, a, b in zip(self.spec.layers, self.matrices[::2], self.matrices[1::2], strict=True):
+        for (module, layer_spec), tensors in zip(
+            self.spec.layers.items(), self.layout.by_layer(self.tensors), strict=True
+        ):
             layer = self.model.get_submodule(module)
             layer.__class__ = LoraLinear  # the same parameters under the same names
-            layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight = a, b
-            layer.scaling[ADAPTER] = self.spec.scales[module]
+            layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight = tensors
+            layer.scaling[ADAPTER] = layer_spec.scale
             if self.spec.dropout:
                 layer.lora_dropout[ADAPTER] = KeyedDropout(self.spec.dropout, self._generator)
                 self._dropouts.append(layer.lora_dropout[ADAPTER])

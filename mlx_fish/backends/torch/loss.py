@@ -26,7 +26,7 @@ def token_losses(
     with_gradient: bool = True,
     chunk: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Cross-entropy of each row, and its gradient to the hidden states. Not differentiable itself: see `losses`.
+    """Cross-entropy of each row, and its gradient to the hidden states. Not differentiable itself: see `log_probs`.
 
     Args:
         weight: the head, (V, D), any float type.
@@ -58,8 +58,8 @@ def token_losses(
     return found, None if blend is None else blend.div_(total).sub_(target_rows)
 
 
-class _TokenLosses(torch.autograd.Function):
-    """`token_losses` for autograd: the forward computes the gradient, the backward is one product."""
+class _LogProbs(torch.autograd.Function):
+    """-`token_losses` for autograd: the forward computes the gradient, the backward is one product."""
 
     @staticmethod
     def forward(
@@ -68,15 +68,17 @@ class _TokenLosses(torch.autograd.Function):
         found, gradient = token_losses(weight, hidden, targets, with_gradient=ctx.needs_input_grad[0], chunk=chunk)
         ctx.save_for_backward(gradient)
         ctx.dtype = hidden.dtype
-        return found
+        return -found
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return (upstream[:, None] * gradient).to(ctx.dtype), None, None, None
+        return (-upstream[:, None] * gradient).to(ctx.dtype), None, None, None
 
 
-def losses(weight: torch.Tensor, hidden: torch.Tensor, targets: torch.Tensor, chunk: int | None = None) -> torch.Tensor:
-    """Cross-entropy of each row, (N,) float32; the gradient flows to `hidden` alone. Arguments as in `token_losses`."""
-    found: torch.Tensor = _TokenLosses.apply(hidden, weight, targets, chunk)
+def log_probs(
+    weight: torch.Tensor, hidden: torch.Tensor, targets: torch.Tensor, chunk: int | None = None
+) -> torch.Tensor:
+    """Log-probability of each row's target, (N,) float32; the gradient flows to `hidden` alone. Arguments as in `token_losses`."""
+    found: torch.Tensor = _LogProbs.apply(hidden, weight, targets, chunk)
     return found

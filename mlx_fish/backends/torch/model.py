@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from mlx_fish.backends.torch.products import freeze
 from mlx_fish.errors import FishError
-from mlx_fish.model_folder import ModelFolder
+from mlx_fish.models.folder import ModelFolder
 
 
 def choose_device() -> torch.device:

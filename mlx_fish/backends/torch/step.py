@@ -9,32 +9,34 @@ import numpy.typing as npt
 import torch
 import torch.nn as nn
 
-from mlx_fish.adapter import Arrays
-from mlx_fish.backends import StepResult
+from mlx_fish.adapters.spec import Arrays
+from mlx_fish.backends.limits import TORCH_POSITIONS
+from mlx_fish.backends.protocol import Gradient, StepResult
 from mlx_fish.backends.torch.lora import LoraLayers
-from mlx_fish.backends.torch.loss import losses
-from mlx_fish.batches import Batch, Int32, check_ids
+from mlx_fish.backends.torch.loss import log_probs
+from mlx_fish.data.batches import Batch, Int32, check_ids
+from mlx_fish.objectives.objective import Labels, LossFunction, negative_log_likelihood
 
 BETAS, EPSILON, MAX_NORM = (0.9, 0.999), 1e-8, 1.0
-
-
-# Positions computed at a time. Activations grow with it, the gradient's sum does not change. A CPU gains 7 % from twice
-# as many, for a gigabyte (docs/results.md); a GPU would idle with fewer.
-POSITIONS_AT_A_TIME = {"cpu": 256, "mps": 4096, "cuda": 8192}
+_DEVICES = {"cpu": "cpu", "mps": "metal", "cuda": "cuda"}  # torch's name -> ours
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some rows of a batch, cut after their last label: of each label its flat position and target (N,).
+    """Some whole rows of a batch, each cut after its last label.
 
     Attributes:
         inputs: (B, L), or (1, T) when the rows lie end to end.
+        positions: (N,), of each label the flat position whose next token it is.
+        targets, weights, owners: (N,), as in `Batch`.
         lengths: of the rows that lie end to end, else None.
     """
 
     inputs: Int32
     positions: Int32
     targets: Int32
+    weights: npt.NDArray[np.float32]
+    owners: Int32
     lengths: tuple[int, ...] | None = None
 
 
@@ -42,9 +44,10 @@ def pieces(batch: Batch, limit: int) -> Iterator[Piece]:
     """Split a batch into pieces of at most `limit` positions, or of one row: the same labels, fewer pads."""
     flat = batch.inputs.reshape(-1)
     starts, ends = _rows(batch)
-    labels = batch.weights > 0
-    positions, targets = batch.positions[labels], batch.targets[labels]
-    owners = np.searchsorted(starts, positions, side="right") - 1
+    labels = batch.weights != 0
+    positions, targets, weights, owners = (
+        array[labels] for array in (batch.positions, batch.targets, batch.weights, batch.owners)
+    )
     columns = positions - starts[owners]
     widths = np.zeros(len(starts), np.int64)
     np.maximum.at(widths, owners, columns + 1)  # under a causal mask, nothing after the last label matters
@@ -63,10 +66,12 @@ def pieces(batch: Batch, limit: int) -> Iterator[Piece]:
             for first, place, length in zip(starts[start:stop], places, lengths, strict=True):
                 inputs[place : place + length] = flat[first : first + length]
             yield Piece(
-                inputs.reshape(1 if packed else len(part), -1),
-                places[owners[inside] - start] + columns[inside],
-                targets[inside],
-                tuple(part.tolist()) if packed else None,
+                inputs=inputs.reshape(1 if packed else len(part), -1),
+                positions=places[owners[inside] - start] + columns[inside],
+                targets=targets[inside],
+                weights=weights[inside],
+                owners=owners[inside],
+                lengths=tuple(part.tolist()) if packed else None,
             )
         start = stop
 
@@ -84,20 +89,24 @@ def _num_positions(widths: npt.NDArray[np.int64], packed: bool) -> int:
     return int(widths.sum() if packed else len(widths) * widths.max())
 
 
-def summed_loss(model: nn.Module, piece: Piece) -> torch.Tensor:
-    """The cross-entropy summed over the piece's labels; a scalar, float32.
+def loss_of(model: nn.Module, piece: Piece, loss: LossFunction) -> torch.Tensor:
+    """The objective's loss over the piece's labels; a scalar, float32.
 
     Only the hidden states of labelled positions meet the vocabulary. Pads stand on the right of a causal mask, so padded rows
-    need no attention mask; rows that lie end to end need one, and positions that begin anew.
+    need no attention mask; rows that lie end to end need one, and positions that begin at 0 in each.
     """
     head = model.get_output_embeddings().weight
     check_ids(piece.inputs, piece.targets, head.shape[0])
-    inputs, positions, targets = (
-        torch.from_numpy(array).to(head.device).long() for array in (piece.inputs, piece.positions, piece.targets)
+    inputs, positions, targets, owners = (
+        torch.from_numpy(array).to(head.device).long()
+        for array in (piece.inputs, piece.positions, piece.targets, piece.owners)
     )
+    weights = torch.from_numpy(piece.weights).to(head.device)
     rows = {} if piece.lengths is None or len(piece.lengths) == 1 else _end_to_end(piece.lengths, head.device)
     hidden = model.model(input_ids=inputs, use_cache=False, **rows).last_hidden_state
-    return losses(head, hidden.reshape(-1, hidden.shape[-1])[positions], targets).sum()
+    log_probs_of_targets = log_probs(head, hidden.reshape(-1, hidden.shape[-1])[positions], targets)
+    scalar: torch.Tensor = loss(log_probs_of_targets, Labels(weights, owners))
+    return scalar
 
 
 def _end_to_end(lengths: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
@@ -108,10 +117,10 @@ def _end_to_end(lengths: Sequence[int], device: torch.device) -> dict[str, torch
     return {"position_ids": places[None].to(device), "attention_mask": visible[None, None].to(device)}
 
 
-def evaluate(model: nn.Module, batch: Batch) -> float:
-    """The cross-entropy summed over the batch's labels."""
-    limit = POSITIONS_AT_A_TIME[model.device.type]
-    return sum(summed_loss(model, piece).item() for piece in pieces(batch, limit))
+def evaluate(model: nn.Module, batch: Batch, loss: LossFunction) -> float:
+    """The loss summed over the batch's labels."""
+    limit = TORCH_POSITIONS[_DEVICES[model.device.type]]
+    return sum(loss_of(model, piece, loss).item() for piece in pieces(batch, limit))
 
 
 @contextmanager
@@ -130,29 +139,40 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
 
 
 class Step:
-    """The update of one model with one set of LoRA layers, and AdamW's state."""
+    """The gradient and the update of one model with one set of LoRA layers, and AdamW's state."""
 
-    def __init__(self, model: nn.Module, layers: LoraLayers, *, grad_checkpoint: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: LoraLayers,
+        *,
+        loss: LossFunction = negative_log_likelihood,
+        grad_checkpoint: bool = False,
+    ):
         self.model = model
         self.layers = layers
+        self.loss = loss
         self.grad_checkpoint = grad_checkpoint
         self.optimizer = torch.optim.AdamW([layers.master], lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=0.0)
 
-    def __call__(
-        self, batches: Sequence[Batch], learning_rate: float, dropout_seeds: Sequence[int]
-    ) -> Callable[[], StepResult]:
-        """Make the update; nothing moves if the loss or the gradient's norm is not finite."""
-        num_supervised = sum(batch.num_supervised for batch in batches)  # the whole update's: never a mean of means
-        limit = POSITIONS_AT_A_TIME[self.layers.master.device.type]
-        loss, gradient = 0.0, torch.zeros_like(self.layers.master)
+    def gradient(self, batches: Sequence[Batch], num_supervised: int, dropout_seeds: Sequence[int]) -> Gradient:
+        """The loss of the micro-batches, a float64 scalar, and its gradient (P,) float32, a sum over them."""
+        device = self.layers.master.device
+        limit = TORCH_POSITIONS[_DEVICES[device.type]]
+        total = Gradient(torch.zeros((), dtype=torch.float64, device=device), torch.zeros_like(self.layers.master))
         for batch, seed in zip(batches, dropout_seeds, strict=True):
             with self.layers.dropout(seed), checkpointed(self.model) if self.grad_checkpoint else nullcontext():
                 for piece in pieces(batch, limit):
-                    share = summed_loss(self.model, piece) / num_supervised
-                    gradient += self.layers.gradient(share)
-                    loss += share.item()
-        self.layers.master.grad = gradient
+                    share = loss_of(self.model, piece, self.loss) / num_supervised
+                    total.values.add_(self.layers.gradient(share))
+                    total.loss.add_(share.detach().double())  # read once an update: reading waits for a GPU
+        return total
+
+    def update(self, gradient: Gradient, learning_rate: float) -> Callable[[], StepResult]:
+        """Make the update; nothing moves if the loss or the gradient's norm is not finite."""
+        self.layers.master.grad = gradient.values
         norm = torch.nn.utils.clip_grad_norm_(self.layers.master, MAX_NORM).item()
+        loss = gradient.loss.item()
         updated = bool(np.isfinite(loss) and np.isfinite(norm))
         if updated:
             self.optimizer.param_groups[0]["lr"] = learning_rate

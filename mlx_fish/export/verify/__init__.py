@@ -1,0 +1,1 @@
+"""Check exported models with independent readers, each in its own process."""

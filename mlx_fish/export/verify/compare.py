@@ -1,0 +1,297 @@
+"""Read what `fuse` wrote with other programs, and compare with the adapter model.
+
+The adapter model answers a few questions greedily; its log-probabilities along those answers are compared with those that
+each artifact's reader gives for the same tokens. So the top token agreeing everywhere means the same greedy answer.
+Knows nothing of how the artifacts are made: the readers are processes of their own (`readers.py`).
+"""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mlx_fish.adapters.peft import WEIGHTS_FILE, Adapter
+from mlx_fish.errors import FishError
+from mlx_fish.export.base import PlainBase, plain_base
+from mlx_fish.export.gguf import GgufWriter
+from mlx_fish.export.targets import Artifact
+from mlx_fish.export.verify.readers import SMALL_VOCABULARY
+from mlx_fish.export.writer import MergedModel
+from mlx_fish.models.convert import convert
+from mlx_fish.models.folder import ModelFolder
+from mlx_fish.storage.files import read_json
+
+SMALL = 200_000_000
+"""Parameters up to which reading back takes seconds."""
+QUESTIONS = ("金鱼为什么浮头？", "鱼缸多久换一次水？", "What do guppies eat?")
+_NEEDS = {"transformers": "torch", "peft": "peft", "mlx-lm": "mlx_lm", "llama.cpp": "xllamacpp"}
+_TIMEOUT = 1800
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far an artifact may be from the adapter model.
+
+    Attributes:
+        difference: the largest of any log-probability (natural logarithm); infinite where only the mean counts.
+        divergence: the mean KL(adapter model || artifact), nats.
+        agreement: the least share of positions with the same top token.
+    """
+
+    difference: float
+    divergence: float
+    agreement: float
+
+
+_INFINITE = float("inf")
+TOLERANCES = {
+    "float32": Tolerance(1e-3, 1e-6, 0.99),
+    "f32": Tolerance(1e-3, 1e-6, 0.99),
+    "float16": Tolerance(_INFINITE, 1e-3, 0.95),
+    "f16": Tolerance(_INFINITE, 1e-3, 0.95),
+    "bfloat16": Tolerance(_INFINITE, 5e-3, 0.9),
+    "bf16": Tolerance(_INFINITE, 5e-3, 0.9),
+    "q8_0": Tolerance(_INFINITE, 5e-3, 0.9),
+    "8 bits": Tolerance(_INFINITE, 1e-2, 0.9),
+    "q4_k_m": Tolerance(_INFINITE, 0.3, 0.4),
+    "q4_0": Tolerance(_INFINITE, 0.5, 0.3),
+    "4 bits": Tolerance(_INFINITE, 0.5, 0.3),
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a reader found: see `Tolerance`, and `base_divergence`, the mean KL(adapter model || base) beside it."""
+
+    artifact: Artifact
+    reader: str
+    difference: float
+    divergence: float
+    agreement: float
+    base_divergence: float
+    wrong: tuple[str, ...] = ()
+
+    @property
+    def faults(self) -> list[str]:
+        """Everything above the tolerance, in words."""
+        limit = tolerance(self.artifact.dtype)
+        found = list(self.wrong)
+        if not self.difference <= limit.difference:
+            found.append(f"a log-probability differs by {self.difference:.2g}, {limit.difference:g} is allowed")
+        if not self.divergence <= limit.divergence:
+            found.append(f"the mean KL is {self.divergence:.2g}, {limit.divergence:g} is allowed")
+        if not self.agreement >= limit.agreement:
+            found.append(f"the top token agrees at {self.agreement:.0%} of positions, {limit.agreement:.0%} is needed")
+        return found
+
+    def __str__(self) -> str:
+        kept = "" if self.artifact.kept is None else f", {self.artifact.kept:.1%} of the adapter's change kept"
+        return (
+            f"{self.artifact.path} read by {self.reader}: max difference {self.difference:.2g}, KL {self.divergence:.2g} "
+            f"(the base's: {self.base_divergence:.2g}), top-1 {self.agreement:.0%}{kept}"
+        )
+
+
+def tolerance(dtype: str) -> Tolerance:
+    return TOLERANCES[dtype.split(" in ")[-1]]
+
+
+def verify_artifacts(
+    base: ModelFolder,
+    adapter: Adapter,
+    artifacts: Sequence[Artifact],
+    *,
+    required: bool,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Comparison]:
+    """Compare every artifact with the adapter model.
+
+    Args:
+        required: a reader that is not installed is an error; otherwise it is said, and its artifacts are passed over.
+
+    Raises:
+        FishError: an artifact is above its tolerance, a reader cannot read it, or the adapter changes no answer at all.
+    """
+    readers = {artifact: _reader_of(artifact) for artifact in artifacts}
+    for reader in dict.fromkeys(readers.values()):
+        if not _installed(reader):
+            missing = f"{reader} is not installed (`pip install 'mlx-fish[verify]'`), so its files were not read back"
+            if required:
+                raise FishError(f"--verify: {missing}.")
+            say(f"! {missing}")
+    if not _has_peft() and not _installed("mlx-lm"):
+        missing = "neither PEFT nor MLX is installed to compute the adapter model, so nothing was read back"
+        if required:
+            raise FishError(f"--verify: {missing}; run `pip install 'mlx-fish[verify]'`.")
+        say(f"! {missing}")
+        return []
+    wanted = [artifact for artifact, reader in readers.items() if _installed(reader)]
+    if not wanted:
+        return []
+    with tempfile.TemporaryDirectory(prefix="mlx-fish-verify-") as folder:
+        check = Check(base, adapter, Path(folder))
+        found = []
+        for artifact in wanted:
+            comparison = check.compare(artifact, readers[artifact])
+            say(str(comparison))
+            found.append(comparison)
+    faults = [f"{comparison.artifact.path}: {fault}" for comparison in found for fault in comparison.faults]
+    if faults:
+        raise FishError(f"what was written is not the adapter model, do not use it: {'; '.join(faults)}.")
+    return found
+
+
+class Check:
+    """The reference, computed once, and what it is compared with."""
+
+    def __init__(
+        self,
+        base: ModelFolder,
+        adapter: Adapter,
+        folder: Path,
+        ask: "Callable[[dict[str, Any], Path], dict[str, Any]] | None" = None,
+    ):
+        """`folder` is a place for temporary files; `ask` puts a request to a reader, `ask_reader` unless told."""
+        self.base, self.adapter, self.folder, self.ask = base, adapter, folder, ask or ask_reader
+        self.values = plain_base(base)
+        self.model = _model(base, adapter, self.values)
+        self.vocab_size = int(self.values.config["vocab_size"])
+        # llama.cpp's answers are megabytes each for a large vocabulary
+        self.positions = 12 if self.vocab_size <= SMALL_VOCABULARY else 4
+        found = self._run(self._reference_reader(), path=str(self._reference_base()), adapter=str(adapter.path))
+        self.expected, self.of_base = found["logprobs"], found["base_logprobs"]
+        self.rows, self.prompts = json.loads(str(found["rows"])), json.loads(str(found["prompts"]))
+        if np.array_equal(self.expected, self.of_base):
+            raise FishError(f"the adapter {adapter.path} changes no answer of {base.name}; there is nothing to verify.")
+
+    def compare(self, artifact: Artifact, reader: str) -> Comparison:
+        path, adapter = artifact.path, artifact.adapter
+        if artifact.kind == "mlx-adapter":
+            path, adapter = self._reference_base(), artifact.path
+        elif artifact.kind == "gguf-adapter":
+            path, adapter = self._base_gguf(), artifact.path
+        found = self._run(reader, path=str(path), adapter=str(adapter) if adapter else None)
+        answers = found["logprobs"]
+        return Comparison(
+            artifact=artifact,
+            reader=reader,
+            difference=float(np.abs(answers - self.expected).max()),
+            divergence=mean_kl(self.expected, answers),
+            agreement=float((answers.argmax(-1) == self.expected.argmax(-1)).mean()),
+            base_divergence=mean_kl(self.expected, self.of_base),
+            wrong=tuple(json.loads(str(found["wrong"]))) if "wrong" in found else (),
+        )
+
+    def _reference_reader(self) -> str:
+        if not (self.adapter.path / WEIGHTS_FILE).is_file():
+            return "mlx-lm-reference"
+        return "peft" if not self.values.expanded and _has_peft() else "mlx-fish-reference"
+
+    def _reference_base(self) -> Path:
+        """The folder whose values were fused; one is made of a GGUF original."""
+        if self.values.path.is_dir():
+            return self.values.path
+        folder = self.folder / "original"
+        if not folder.is_dir():
+            convert(model=str(self.values.path), out=folder, dtype="float32")
+        return folder
+
+    def _run(self, reader: str, *, path: str, adapter: str | None) -> dict[str, Any]:
+        """What a reader makes of a file or folder."""
+        return self.ask(
+            {
+                "reader": reader,
+                "path": path,
+                "adapter": adapter,
+                # mlx-lm reads only the older form of rope_theta, which a base of others need not have; our folders do.
+                "config": {"rope_theta": self.values.config.get("rope_theta")}
+                if path == str(self._reference_base())
+                else None,
+                "tokenizer": str(self.model.tokenizer_folder),
+                "template": self.model.own_template(),
+                "bos": _bos(self.model.tokenizer_folder),
+                "questions": QUESTIONS,
+                "positions": self.positions,
+                "vocab_size": self.vocab_size,
+                "rows": getattr(self, "rows", None),
+                "prompts": getattr(self, "prompts", None),
+            },
+            self.folder,
+        )
+
+    def _base_gguf(self) -> Path:
+        """The base in float32, for an adapter file that needs one."""
+        path = self.folder / "base.gguf"
+        if not path.is_file():
+            writer = GgufWriter(path, self.model, file_type="f32")
+            for name in self.values.shapes:
+                writer.put(name, self.values.read(name))
+            writer.close()
+        return path
+
+
+def ask_reader(request: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Put a request to a reader in a process of its own; judged by what it wrote, since some crash on leaving."""
+    out = folder / "answers.npz"
+    out.unlink(missing_ok=True)
+    child = subprocess.run(
+        [sys.executable, "-m", "mlx_fish.export.verify.readers"],
+        input=json.dumps({**request, "out": str(out)}),
+        capture_output=True,
+        text=True,
+        timeout=_TIMEOUT,
+        check=False,
+    )
+    if not out.is_file():
+        reason = (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
+        raise FishError(f"{request['reader']} cannot read {request['path']}: {reason}")
+    with np.load(out) as stored:
+        return dict(stored)
+
+
+def mean_kl(expected: npt.NDArray[np.float32], found: npt.NDArray[np.float32]) -> float:
+    """Mean over rows of KL(expected || found), log-probabilities (N, V), nats."""
+    p = expected.astype(np.float64)
+    return float((np.exp(p) * (p - found)).sum(axis=-1).mean())
+
+
+def _model(base: ModelFolder, adapter: Adapter, values: PlainBase) -> MergedModel:
+    """What is needed to render prompts, and to write the base as GGUF."""
+    template = adapter.path / "chat_template.jinja"
+    return MergedModel(
+        shapes=values.shapes,
+        config=values.config,
+        generation_config=base.generation_config,
+        tokenizer_folder=adapter.path if (adapter.path / "tokenizer.json").is_file() else base.path,
+        chat_template=template.read_text(encoding="utf-8") if template.is_file() else None,
+    )
+
+
+def _reader_of(artifact: Artifact) -> str:
+    if artifact.kind in ("gguf", "ollama", "gguf-adapter"):
+        return "llama.cpp"
+    if artifact.kind == "hf" and _installed("transformers"):
+        return "transformers"
+    return "mlx-lm"
+
+
+def _installed(reader: str) -> bool:
+    return importlib.util.find_spec(_NEEDS[reader]) is not None
+
+
+def _has_peft() -> bool:
+    return _installed("transformers") and _installed("peft")
+
+
+def _bos(folder: Path) -> str:
+    path = folder / "tokenizer_config.json"
+    token = read_json(path).get("bos_token") if path.is_file() else None
+    return str(token.get("content", "")) if isinstance(token, dict) else token or ""

@@ -1,0 +1,1 @@
+"""Answer questions with a base or tuned model."""

@@ -1,0 +1,1 @@
+"""Read GGUF files: the container, the model in it, its tokenizer."""

@@ -1,0 +1,1 @@
+"""What training minimises: rows of a data set to labelled tokens, and the tokens' log-probabilities to a loss."""

@@ -1,0 +1,30 @@
+"""Supervised fine-tuning: conversations whose answers, end tokens included, are learnt."""
+
+from collections.abc import Sequence
+
+from mlx_fish.data.batches import make_batch
+from mlx_fish.data.examples import Example, Mistakes
+from mlx_fish.data.formats.rows import parse_conversation
+from mlx_fish.data.templates.template import Template, TemplateTimeoutError
+from mlx_fish.data.tokens import Tokens
+from mlx_fish.errors import FishError
+from mlx_fish.objectives.objective import Objective, negative_log_likelihood
+
+
+def tokenise(examples: Sequence[Example], template: Template, max_length: int, mistakes: Mistakes) -> list[Tokens]:
+    """One row of tokens a conversation; those that the template or the length limit cannot take are added to `mistakes`."""
+    rows = []
+    for example in examples:
+        try:
+            rows.append(template.tokens(example, max_length))
+        except TemplateTimeoutError:
+            raise
+        except FishError as error:
+            mistake = str(error)
+            mistakes.add(mistake if mistake.startswith(example.where) else f"{example.where}: {mistake}")
+    return rows
+
+
+SFT = Objective(
+    name="sft", parse=parse_conversation, tokenise=tokenise, collate=make_batch, loss=negative_log_likelihood
+)

@@ -1,0 +1,1 @@
+"""Everything decided before a model loads: rows, layers and updates, peak memory, time."""

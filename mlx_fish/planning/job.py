@@ -1,0 +1,171 @@
+"""All that is decided before a model loads: rows as tokens, layers to adapt, the number of updates. Loads a tokenizer, no model."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from mlx_fish.adapters.spec import AdapterSpec, choose_layers, count_blocks
+from mlx_fish.config import TrainConfig
+from mlx_fish.data.dataset import Dataset, load_dataset
+from mlx_fish.data.examples import Mistakes
+from mlx_fish.data.order import Updates, padding_share
+from mlx_fish.data.templates.template import Template, choose_template
+from mlx_fish.data.templates.tokenizer import load_tokenizer
+from mlx_fish.data.tokens import Tokens
+from mlx_fish.errors import FishError
+from mlx_fish.models.folder import ModelFolder
+from mlx_fish.objectives.objective import Objective
+from mlx_fish.objectives.sft import SFT
+from mlx_fish.tracking.events import say
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that is decided before a model loads.
+
+    Attributes:
+        rows, valid_rows: the rows trained on, and those of each validation.
+        skipped: broken rows left out (`--skip-bad-rows`).
+        num_blocks: the model's blocks, adapted or not.
+    """
+
+    config: TrainConfig
+    folder: ModelFolder
+    dataset: Dataset
+    template: Template
+    rows: list[Tokens]
+    valid_rows: list[Tokens]
+    spec: AdapterSpec
+    objective: Objective
+    updates: Updates
+    iters: int
+    num_blocks: int
+    skipped: Mistakes
+
+    @cached_property
+    def digest(self) -> str:
+        """A sha256 over the ids and masks of all rows, in order: what data, tokenizer and template come to."""
+        digest = hashlib.sha256()
+        for row in self.rows + self.valid_rows:
+            digest.update(
+                len(row.ids).to_bytes(4, "little") + row.ids.astype("<i4").tobytes() + row.supervised.tobytes()
+            )
+        return digest.hexdigest()
+
+
+def load_data(config: TrainConfig) -> Dataset:
+    """The data set, with rows to train on."""
+    dataset = load_dataset(config.data, skip_bad_rows=config.skip_bad_rows)
+    if not dataset.splits["train"]:
+        raise _no_rows(config)
+    return dataset
+
+
+def _no_rows(config: TrainConfig) -> FishError:
+    return FishError(
+        f"--data {config.data} has no training rows (a single file is split 80/10/10 by content); add rows."
+    )
+
+
+def make_job(config: TrainConfig, folder: ModelFolder, dataset: Dataset) -> Job:
+    """Tokenise, choose the layers and count the updates. Loads a tokenizer, no model.
+
+    Raises:
+        FishError: settings that do not fit the model, or rows that the template or the length limit cannot take, told together.
+    """
+    layers = choose_layers(folder.linear_layers, target=config.lora_target, num_layers=config.num_layers)
+    tokenizer = load_tokenizer(folder)
+    template = choose_template(config.template, tokenizer, folder)
+    skipped = replace(dataset.skipped, first=list(dataset.skipped.first))
+    rows, valid_rows = (
+        SFT.tokenise(dataset.splits[name], template, config.max_seq_length, skipped) for name in ("train", "valid")
+    )
+    if not config.skip_bad_rows:
+        skipped.refuse()
+    _check_ids(rows + valid_rows, folder)
+    if not rows:
+        raise _no_rows(config)
+    updates = Updates(
+        rows,
+        batch_size=config.batch_size,
+        accumulation=config.grad_accumulation,
+        seed=config.seed,
+        collate=SFT.collate,
+        packing=config.packing and not folder.attends_in_windows,  # the grid of packed rows knows no window
+    )
+    iters = config.iters or max(1, math.ceil(config.epochs * updates.per_epoch))
+    limit = config.eval_rows or (
+        len(valid_rows) if iters >= updates.per_epoch else max(4, len(valid_rows) * iters // updates.per_epoch)
+    )
+    return Job(
+        config=config,
+        folder=folder,
+        dataset=dataset,
+        template=template,
+        rows=rows,
+        valid_rows=valid_rows[:limit],
+        spec=AdapterSpec.uniform(layers, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout),
+        objective=SFT,
+        updates=updates,
+        iters=iters,
+        num_blocks=count_blocks(folder.linear_layers),
+        skipped=skipped,
+    )
+
+
+def _check_ids(rows: Sequence[Tokens], folder: ModelFolder) -> None:
+    """Every id has an embedding: tokens added to a tokenizer alone have none."""
+    known = int(folder.config["vocab_size"])
+    for row in rows:
+        if (most := int(row.ids.max())) >= known:
+            raise FishError(
+                f"{row.where} has the token id {most}, and {folder.name} has {known} embeddings; "
+                "take the tokenizer that belongs to the model."
+            )
+
+
+def say_cut(rows: Sequence[Tokens], max_length: int) -> None:
+    """A cut answer is reported, never trained or measured as if whole."""
+    if cut := [row.where for row in rows if row.cut]:
+        say(
+            f"! {len(cut)} rows are longer than --max-seq-length {max_length} and were cut, without an end token: "
+            f"{', '.join(cut[:3])}{'…' if len(cut) > 3 else ''}"
+        )
+
+
+def describe(job: Job) -> None:
+    """Say what is trained on what."""
+    parameters, trainable = job.folder.num_parameters, job.spec.num_parameters
+    tokens = sum(len(row.ids) for row in job.rows)
+    supervised = sum(row.num_supervised for row in job.rows)
+    padding = padding_share(job.updates, min(job.iters, job.updates.per_epoch))
+    config = job.config
+    say(f"  model       {job.folder.name}, {parameters / 1e6:.1f} M parameters")
+    say(
+        f"  adapter     LoRA rank {config.lora_rank}, alpha {config.lora_alpha:g}, on {len(job.spec.layers)} layers: "
+        f"{trainable / 1e6:.2f} M trainable ({trainable / parameters:.2%})"
+    )
+    say(
+        f"  data        {job.dataset.name}: {len(job.rows)} training rows, {len(job.valid_rows)} for validation "
+        f"(of {len(job.dataset.splits['valid'])}), template {job.template.name}"
+    )
+    say(f"  tokens      {tokens:,} ({supervised / tokens:.0%} supervised), {padding:.1%} padding")
+    say(
+        f"  run         {job.iters} updates of {config.batch_size} x {config.grad_accumulation} rows "
+        f"({job.iters / job.updates.per_epoch:.2f} epochs), learning rate {config.learning_rate:g}, {config.schedule}"
+    )
+    if config.packing and not job.updates.packing:
+        say(f"! {job.folder.name} attends in windows, so rows are padded, not packed")
+    say_cut(job.rows + job.valid_rows, config.max_seq_length)
+    if config.warmup > job.iters:
+        say(f"! --warmup {config.warmup} is longer than the run, which never reaches the learning rate")
+    if job.skipped.count:
+        say(f"! {job.skipped.count} broken rows are left out; the first: {job.skipped.first[0]}")
+    if not job.valid_rows:
+        say("! no validation rows: the data set is too small to hold some out")
+
+
+def end_ids(job: Job) -> tuple[int, ...]:
+    return tuple(dict.fromkeys((job.template.end_token_id, *job.folder.end_token_ids)))

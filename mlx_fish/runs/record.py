@@ -1,0 +1,108 @@
+"""What a run leaves beside its adapter: run.json, the tokenizer, the generation config."""
+
+import contextlib
+import dataclasses
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+from mlx_fish import __version__
+from mlx_fish.adapters.peft import Adapter, peft_config
+from mlx_fish.data.examples import Example
+from mlx_fish.errors import FishError
+from mlx_fish.models.folder import copy_tokenizer
+from mlx_fish.planning.job import Job, end_ids
+from mlx_fish.runs.folder import RUN_FILE, read_run
+from mlx_fish.storage.files import write_json
+
+
+def adapter_config(job: Job) -> dict[str, Any]:
+    """adapter_config.json of the run's adapter."""
+    return peft_config(
+        job.spec,
+        rank=job.config.lora_rank,
+        alpha=job.config.lora_alpha,
+        num_blocks=job.num_blocks,
+        base=job.folder.name,
+        revision=job.folder.revision,
+    )
+
+
+def write_run(job: Job, output: Path, results: dict[str, Any]) -> None:
+    """run.json, the tokenizer and the generation config: all that `generate`, `evaluate` and `fuse` need to know.
+
+    run.json comes first: by it a folder is known as a run, however soon that is killed.
+    """
+    write_json(output / RUN_FILE, run_record(job, results))
+    copy_tokenizer(job.folder.path, output, chat_template=job.template.jinja)
+    generation = {**job.folder.generation_config, "eos_token_id": list(end_ids(job))}
+    write_json(output / "generation_config.json", generation)
+
+
+def run_record(job: Job, results: dict[str, Any]) -> dict[str, Any]:
+    """What run.json holds."""
+    return {
+        "version": __version__,
+        "python": sys.version.split()[0],
+        "machine": f"{platform.system()} {platform.machine()}",
+        "packages": _versions("numpy", "transformers", "mlx", "mlx-lm", "torch", "peft"),
+        "settings": dataclasses.asdict(job.config),
+        "iters": job.iters,
+        "base": {
+            "name": job.folder.name,
+            "path": str(job.folder.path.resolve()),
+            "revision": job.folder.revision,
+            "fingerprint": job.folder.fingerprint,
+            "dtype": job.folder.weights.dtype,
+            "quantization": job.folder.quantization,
+        },
+        "template": {
+            "name": job.template.name,
+            "end_token_id": job.template.end_token_id,
+            "system": shared_system(job.dataset.splits["train"]),
+        },
+        "data": {
+            "name": job.dataset.name,
+            "sha256": job.dataset.hashes,
+            "tokens_sha256": job.digest,
+            "rows": len(job.rows),
+            "validation_rows": len(job.valid_rows),
+            "skipped_rows": job.skipped.count,
+            "splits": {split: len(rows) for split, rows in job.dataset.splits.items()},
+        },
+        "results": results,
+    }
+
+
+def shared_system(rows: list[Example]) -> str | None:
+    """The system prompt with which every row begins; None when there is none, or more than one."""
+    found = {row.turns[0].content if row.turns[0].role == "system" else None for row in rows}
+    return found.pop() if len(found) == 1 else None
+
+
+def check_base(adapter: Adapter, fingerprint: str, model: str) -> None:
+    """The model is the one that the adapter was trained on, as far as its run.json tells.
+
+    Args:
+        fingerprint: `ModelFolder.fingerprint` of the model.
+        model: the model's name, for the message.
+    """
+    trained_on = read_run(adapter.path).get("base")
+    if not isinstance(trained_on, dict) or trained_on.get("fingerprint") in (None, fingerprint):
+        return
+    raise FishError(
+        f"the adapter {adapter.path} was trained on {trained_on.get('name', adapter.base)}, and the weights of {model} "
+        "are not the same; give the model that it was trained on with --model."
+    )
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    """Of those that are installed: no machine needs both frameworks."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

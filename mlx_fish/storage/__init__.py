@@ -1,0 +1,1 @@
+"""Files: writes that are complete or absent, and safetensors as NumPy arrays."""

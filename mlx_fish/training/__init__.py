@@ -1,0 +1,1 @@
+"""Train: the loop over updates and the learning-rate schedule."""

@@ -1,0 +1,140 @@
+"""Model cards: front matter that the Hub accepts, nothing of this machine, and snippets that run."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mlx_fish.runs.card import Tuning, adapter_card, fused_card, license_of, public_name
+
+RUN: dict[str, Any] = {
+    "base": {"name": "Qwen/Qwen2-0.5B", "revision": "c540970"},
+    "settings": {"lora_rank": 8, "lora_alpha": 16.0, "learning_rate": 2e-4, "epochs": 3.0, "iters": 10, "warmup": 0},
+    "template": {"name": "alpaca", "end_token_id": 3},
+    "data": {"name": "/home/someone/private/fish.jsonl", "rows": 280},
+    "results": {"loss_before": 3.51234, "loss_after": 1.25},
+}
+HUB = Tuning.from_run(RUN, base="Qwen/Qwen2-0.5B", license="apache-2.0")
+LOCAL = Tuning.from_run(RUN, base="/home/someone/models/my-qwen/")
+
+
+def front_matter(card: str) -> Any:
+    match = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
+    assert match
+    return yaml.safe_load(match[1])
+
+
+def test_front_matter() -> None:
+    assert front_matter(adapter_card(HUB)) == {
+        "base_model": "Qwen/Qwen2-0.5B",
+        "base_model_relation": "adapter",
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "mlx-fish"],
+        "license": "apache-2.0",
+    }
+    fused = front_matter(fused_card(HUB, dtype="bfloat16"))
+    assert (fused["library_name"], fused["base_model_relation"]) == ("transformers", "finetune")
+
+
+def test_huggingface_hub_reads_it() -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    for card in (adapter_card(HUB), adapter_card(LOCAL), fused_card(HUB, dtype="float32")):
+        data = hub.ModelCard(card).data
+        assert data.pipeline_tag == "text-generation"
+
+
+@pytest.mark.parametrize("card", [adapter_card(LOCAL), fused_card(LOCAL, dtype="float16")], ids=["adapter", "fused"])
+def test_a_local_base_is_told_by_its_last_part(card: str) -> None:
+    assert "base_model" not in front_matter(card)
+    assert "license" not in front_matter(card)
+    assert "`my-qwen`" in card and "`fish.jsonl`, 280 rows" in card
+    assert "someone" not in card
+
+
+def test_what_was_trained_is_told() -> None:
+    card = adapter_card(HUB)
+    assert "validation loss: 3.5123 before, 1.2500 after" in card
+    assert "- LoRA rank: 8\n- LoRA alpha: 16.0\n- updates: 10\n" in card
+    assert "- warm-up updates: 0\n" in card
+    assert "- epochs" not in card  # --iters overrides them
+    assert "(revision `c540970`)" in card
+    assert "- epochs: 3.0" in adapter_card(Tuning.from_run({"settings": {"epochs": 3.0, "iters": None}}, base="a/b"))
+
+
+def test_limits_stand_in_every_card() -> None:
+    for card in (adapter_card(HUB), fused_card(HUB, dtype="float32")):
+        assert "Check every dose of a medicine" in card
+        assert "药物剂量" in card
+        assert card.endswith("\n") and "\n\n\n" not in card
+
+
+def test_fused_card_names_the_dtype() -> None:
+    assert "stored in bfloat16" in fused_card(HUB, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("run", [{}, {"data": [], "base": None, "settings": 3, "results": {"loss_before": "x"}}])
+def test_nothing_known_but_the_base(run: dict[str, Any]) -> None:
+    card = adapter_card(Tuning.from_run(run, base="tiny"))
+    assert "## Training" not in card
+    assert "None" not in card
+
+
+def test_data_name_cannot_break_out_of_its_line() -> None:
+    card = adapter_card(Tuning(base="tiny", data="a`\n# Heading"))
+    assert "- data: `a' # Heading`" in card
+
+
+def test_public_name() -> None:
+    assert public_name("Qwen/Qwen2-0.5B") == "Qwen/Qwen2-0.5B"
+    assert public_name("/tmp/models/fish") == "fish"
+    assert public_name("models/x/fish/") == "fish"
+    assert public_name("tiny") == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("text", "license"),
+    [
+        ("---\nlicense: apache-2.0\n---\n# x\n", "apache-2.0"),
+        ("---\nlicense: other\nlicense_name: qwen\n---\n", None),
+        ("---\nlicense: [mit, x]\n---\n", None),
+        ("---\nlicense: {\n---\n", None),
+        ("---\nlicense: 'a\\nb: c'\n---\n", None),
+        ("license: mit\n", None),
+        ("", None),
+    ],
+)
+def test_license_of(tmp_path: Path, text: str, license: str | None) -> None:
+    (tmp_path / "README.md").write_text(text, encoding="utf-8")
+    assert license_of(tmp_path) == license
+
+
+def test_license_of_a_folder_without_a_card(tmp_path: Path) -> None:
+    assert license_of(tmp_path) is None
+
+
+def run_snippet(card: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    match = re.search(r"```python\n(.*?)```", card, re.DOTALL)
+    assert match
+    monkeypatch.chdir(folder)
+    capsys.readouterr()
+    code = match[1].replace("max_new_tokens=256", "max_new_tokens=12")
+    exec(compile(code, "README.md", "exec"), {})
+    return capsys.readouterr().out
+
+
+def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("peft")
+    from fuse_models import add_run_files, make_adapter, make_model, run_fuse
+
+    base = make_model(tmp_path / "path" / "to" / "base", "qwen2", tied=True)
+    adapter = make_adapter(tmp_path / "adapter", base)
+    add_run_files(adapter, base)
+    run_fuse(base, adapter, tmp_path / "fused", dtype="float32")
+    fused = (tmp_path / "fused" / "README.md").read_text(encoding="utf-8")
+    from_fused = run_snippet(fused, tmp_path / "fused", monkeypatch, capsys)
+    card = adapter_card(Tuning(base=str(base.path))).replace("path/to/base", str(base.path))
+    from_adapter = run_snippet(card, adapter.path, monkeypatch, capsys)
+    assert from_fused.strip() and from_fused == from_adapter  # greedy, and the same model
