@@ -34,6 +34,12 @@ def backend_name(request):
         yield request.param
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if not any(item.get_closest_marker(name) for name in ("process", "slow")):
+            item.add_marker("unit")
+
+
 def pytest_addoption(parser):
     parser.addoption("--each-backend", action="store_true", help="fail unless tests ran on every backend")
 
