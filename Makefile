@@ -10,17 +10,18 @@ STAMP := $(VENV)/.installed
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
+# --no-compile: compiling what is never imported would take as long as everything else
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "mlx-fish needs Python 3.11 or newer; install one and name it: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -q -c constraints.txt -e ".[mlx]"
+	$(PIP) install -q --no-compile -c constraints.txt -e ".[mlx]"
 	@touch $@
 
 $(VENV)/.tested: $(STAMP)
 	@# torch first and pinned: an unpinned one may bring gigabytes of CUDA
-	$(PIP) install -q -c constraints.txt torch
-	$(PIP) install -q -c constraints.txt -e ".[mlx,test,dev]"
+	$(PIP) install -q --no-compile -c constraints.txt torch
+	$(PIP) install -q --no-compile -c constraints.txt -e ".[mlx,test,dev]"
 	@touch $@
 
 demo: $(STAMP) ## set up, then the whole main job offline on the built-in tiny model

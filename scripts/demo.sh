@@ -2,6 +2,8 @@
 # The whole main job, offline, on the built-in tiny model: convert, train, generate, evaluate, fuse.
 set -eu
 export MLX_FISH_BACKEND=mlx # on Linux `auto` would take torch
+# On a CPU MLX compiles its fused operations with g++ the first time: 40 s, more than this small model needs for everything
+[ "$(uname)" = Darwin ] || export MLX_DISABLE_COMPILE=1
 rm -rf demo_output
 mkdir demo_output
 step() { printf '\n$ %s\n' "$*" >&2; "$@"; }
