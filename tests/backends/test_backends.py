@@ -326,3 +326,49 @@ def test_the_peak_of_memory_is_counted(backend, rows):
     backend.reset_peak_memory()
     optimizer_step(backend, [make_batch(rows)], 1e-3, [0])()
     assert backend.peak_memory() > 4_000_000  # the weights in float32 alone
+
+
+def values_of(gradient):
+    """(loss, (P,) float64) of a framework's gradient."""
+    loss, values = gradient.loss, gradient.values
+    return float(loss.item()), np.array(values.tolist(), np.float64)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_weights_of_labels_are_numbers(backend, spec, rows, packing):
+    """The loss is the weighted sum of -log p over the labels, and the gradient is linear in the weights; a weight of 0 is none."""
+    backend.attach(spec, started(spec))
+    batch = make_batch(rows[:4], packing=packing)
+    generator = np.random.default_rng(3)
+    weights = np.where(batch.weights > 0, generator.choice([0.0, 0.25, 0.6, 1.7], len(batch.weights)), 0).astype(
+        np.float32
+    )
+    weighted = dataclasses.replace(batch, weights=weights)
+    expected = 0.0
+    for number, row in enumerate(rows[:4]):
+        logits = backend.logits(row.ids[:-1]).astype(np.float64)
+        log_probs = (
+            logits
+            - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+            - logits.max(-1, keepdims=True)
+        )
+        labelled = np.flatnonzero(row.supervised[1:])
+        own = weights[: batch.num_supervised][batch.owners[: batch.num_supervised] == number]
+        expected -= (own * log_probs[labelled, row.ids[1:][labelled]]).sum()
+    assert abs(backend.evaluate(weighted) / expected - 1) < 1e-5
+    loss, gradient = values_of(backend.gradient([weighted], 10, [0]))
+    assert abs(loss / (expected / 10) - 1) < 1e-5
+    parts = [dataclasses.replace(batch, weights=part) for part in (weights * 0.25, weights * 0.75)]
+    summed = sum(values_of(backend.gradient([part], 10, [0]))[1] for part in parts)
+    scale = np.abs(gradient).max()
+    assert scale > 0 and np.abs(summed - gradient).max() < 1e-5 * scale
+    whole = values_of(backend.gradient([batch], 10, [0]))[1]
+    assert np.abs(whole - gradient).max() > 0.1 * scale, "the weights change nothing"
+
+
+def test_owners_name_the_row_of_each_label(rows):
+    for packing in (True, False):
+        batch = make_batch(rows[:5], packing=packing)
+        counts = np.bincount(batch.owners[batch.weights > 0], minlength=5)
+        assert counts.tolist() == [row.num_supervised for row in rows[:5]]
+        assert (np.diff(batch.owners[batch.weights > 0]) >= 0).all()

@@ -1,13 +1,14 @@
 """Cross-entropy over a large vocabulary in one pass, with its gradient ready when the forward ends.
 
-For N hidden rows h and the head W (V, D), a loop over chunks of the vocabulary keeps, for each row, the running maximum m and, over
-all entries but the target t, the sum s' = sum_v exp(l_v - m) and R' = sum_v exp(l_v - m) W_v, rescaled when m grows (the online
-softmax of arXiv 1805.02867). Then, with s = s' + exp(l_t - m),
+For N hidden rows h and the head W (V, D), a loop over chunks of the vocabulary keeps, for each row, over all entries but the
+target t: the running maximum m' of the logits, s' = sum_v exp(l_v - m') and R' = sum_v exp(l_v - m') W_v, rescaled when m' grows
+(the online softmax of arXiv 1805.02867). Then, with m = max(m', l_t) and s = s' exp(m' - m) + exp(l_t - m),
 
-    loss  = m + log s - l_t          dloss/dh = (R' - s' W_t) / s
+    loss  = m + log s - l_t          dloss/dh = (R' - s' W_t) exp(m' - m) / s
 
-The target is kept apart because a row that is learnt gives it nearly all of s: with W_t in R, the gradient would be the small
-difference of two large numbers, each rounded to the model's type.
+The target is kept apart because a row that is learnt gives it nearly all of s. With W_t in R, the gradient would be the small
+difference of two large numbers, each rounded to the model's type; and with l_t in m', every factor exp(l_v - m') would be so
+small that float16 has no digits for it.
 
 No (N, V) array ever exists and nothing is recomputed in the backward pass: the head is frozen under LoRA, so R' is all that the
 backward needs, at the cost of the plain head's products.
@@ -119,7 +120,7 @@ def _one_pass(
     targets = targets[:, None]
     # An array (V,): numbers written into the graph would be compiled into a kernel for each chunk.
     numbers = mx.arange(head.vocab_size)
-    running_max = mx.full((hidden.shape[0], 1), -mx.inf)  # m
+    running_max = mx.full((hidden.shape[0], 1), -mx.inf)  # m'
     target_logit = mx.zeros((hidden.shape[0], 1))  # l_t
     running_sum = mx.zeros((hidden.shape[0], 1))  # s'
     weighted_rows = mx.zeros(hidden.shape) if with_gradients else mx.array(0.0)  # R' (N, D)
@@ -132,18 +133,20 @@ def _one_pass(
         # l_t as the product rounded it: in half precision by up to 0.06, which must be the same wherever l_t stands.
         picked = mx.take_along_axis(logits, mx.clip(targets, first, last) - first, axis=-1)
         target_logit = mx.where((targets >= first) & (targets <= last), picked, target_logit)
-        new_max = mx.maximum(running_max, logits.max(axis=-1, keepdims=True))
-        factors = mx.where(numbers[start:stop] == targets, 0, exp(logits - new_max))  # (N, chunk)
-        decay = exp(running_max - new_max)  # (N, 1), 0 in the first chunk
+        others = mx.where(numbers[start:stop] == targets, -mx.inf, logits)
+        new_max = mx.maximum(running_max, others.max(axis=-1, keepdims=True))
+        factors, decay = exp(others - new_max), exp(running_max - new_max)  # (N, chunk), (N, 1); decay is 0 at first
         running_sum = running_sum * decay + row_sums(factors)
         if with_gradients:
             weighted_rows = weighted_rows * decay + head.weighted_rows(factors, start, stop, hidden.dtype)
         running_max = new_max
-    whole_sum = running_sum + exp(target_logit - running_max)  # s
-    losses = (running_max + mx.log(whole_sum) - target_logit)[:, 0]
+    whole_max = mx.maximum(running_max, target_logit)  # m
+    share = exp(running_max - whole_max)
+    whole_sum = running_sum * share + exp(target_logit - whole_max)  # s
+    losses = (whole_max + mx.log(whole_sum) - target_logit)[:, 0]
     if not with_gradients:
         return losses, weighted_rows
-    return losses, (weighted_rows - running_sum * head.rows(targets[:, 0])) / whole_sum
+    return losses, (weighted_rows - running_sum * head.rows(targets[:, 0])) * (share / whole_sum)
 
 
 def make_log_probs(head: Head, chunk: int | None = None) -> Callable[[mx.array, mx.array], mx.array]:

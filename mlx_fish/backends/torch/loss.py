@@ -1,11 +1,8 @@
 """Cross-entropy over a large vocabulary in one pass, with its gradient ready when the forward ends.
 
-The computation of `backends/mlx/loss.py`, in torch: a loop over chunks of the vocabulary keeps, for each of N hidden rows, the
-running maximum m, the sum s = sum_v exp(l_v - m) and R = sum_v exp(l_v - m) W_v (the online softmax of arXiv 1805.02867). Then
-
-    loss  = m + log s - l_target          dloss/dh = R / s - W_target
-
-and no (N, V) tensor ever exists. The head is frozen under LoRA, so R is all that the backward needs.
+The computation of `backends/mlx/loss.py`, in torch; its derivation stands there. For each of N hidden rows a loop over chunks of
+the vocabulary keeps, over all entries but the target, the running maximum m' of the logits, s' = sum_v exp(l_v - m') and
+R' = sum_v exp(l_v - m') W_v; no (N, V) tensor ever exists. The head is frozen under LoRA, so R' is all that the backward needs.
 """
 
 from typing import Any
@@ -39,23 +36,34 @@ def token_losses(
     """
     num_rows = hidden.shape[0]
     chunk = chunk or max(MIN_CHUNK, CHUNK_BYTES // (4 * num_rows))
-    top = torch.full((num_rows, 1), -torch.inf, device=hidden.device)
-    total = torch.zeros_like(top)
-    blend = torch.zeros(hidden.shape, device=hidden.device) if with_gradient else None
+    targets = targets[:, None]
+    running_max = torch.full((num_rows, 1), -torch.inf, device=hidden.device)  # m'
+    target_logit, running_sum = torch.zeros_like(running_max), torch.zeros_like(running_max)  # l_t, s'
+    weighted_rows = torch.zeros(hidden.shape, device=hidden.device) if with_gradient else None  # R' (N, D)
     for start in range(0, weight.shape[0], chunk):
         rows = weight[start : start + chunk]
-        logits = linear(hidden, rows).float()
-        new_top = torch.maximum(top, logits.amax(dim=-1, keepdim=True))
-        factors = logits.sub_(new_top).exp_()  # in place: this is the largest tensor of a step
-        decay = torch.exp(top - new_top)  # 0 in the first chunk, where nothing is there to rescale
-        total = total * decay + factors.sum(dim=-1, keepdim=True)
-        if blend is not None:
-            blend.mul_(decay).add_(linear(factors.to(rows.dtype), rows.T))
-        top = new_top
-    target_rows = weight[targets].float()
-    target_logits = (hidden.float() * target_rows).sum(dim=-1)
-    found = top[:, 0] + torch.log(total[:, 0]) - target_logits
-    return found, None if blend is None else blend.div_(total).sub_(target_rows)
+        logits = linear(hidden, rows).float()  # (N, chunk)
+        inside = (targets >= start) & (targets < start + rows.shape[0])
+        places = (targets - start).clamp(0, rows.shape[0] - 1)
+        # l_t as the product rounded it: in half precision by up to 0.06, which must be the same wherever l_t stands.
+        picked = logits.gather(1, places)
+        target_logit = torch.where(inside, picked, target_logit)
+        others = logits.scatter_(1, places, picked.masked_fill(inside, -torch.inf))
+        new_max = torch.maximum(running_max, others.amax(dim=-1, keepdim=True))
+        factors = others.sub_(new_max).exp_()  # in place: this is the largest tensor of a step
+        decay = torch.exp(running_max - new_max)  # 0 in the first chunk, where nothing is there to rescale
+        running_sum = running_sum * decay + factors.sum(dim=-1, keepdim=True)
+        if weighted_rows is not None:
+            weighted_rows.mul_(decay).add_(linear(factors.to(rows.dtype), rows.T))
+        running_max = new_max
+    whole_max = torch.maximum(running_max, target_logit)  # m
+    share = torch.exp(running_max - whole_max)
+    whole_sum = running_sum * share + torch.exp(target_logit - whole_max)  # s
+    losses = (whole_max + torch.log(whole_sum) - target_logit)[:, 0]
+    if weighted_rows is None:
+        return losses, None
+    gradients = weighted_rows.sub_(running_sum * weight[targets[:, 0]].float()).mul_(share / whole_sum)
+    return losses, gradients
 
 
 class _LogProbs(torch.autograd.Function):

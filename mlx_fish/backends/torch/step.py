@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -163,7 +163,8 @@ class Step:
         for batch, seed in zip(batches, dropout_seeds, strict=True):
             with self.layers.dropout(seed), checkpointed(self.model) if self.grad_checkpoint else nullcontext():
                 for piece in pieces(batch, limit):
-                    share = loss_of(self.model, piece, self.loss) / num_supervised
+                    weights = piece.weights / np.float32(num_supervised)
+                    share = loss_of(self.model, replace(piece, weights=weights), self.loss)
                     total.values.add_(self.layers.gradient(share))
                     total.loss.add_(share.detach().double())  # read once an update: reading waits for a GPU
         return total
