@@ -86,9 +86,22 @@ def _container_limits() -> list[int]:
     return [int(text) for text in texts if text.isdigit() and int(text) > 0]
 
 
+def _visible_gpu() -> str | None:
+    """The GPU that a process would take, as nvidia-smi calls it (an index or a UUID); None where CUDA_VISIBLE_DEVICES hides all.
+
+    Where GPUs of several kinds are mixed, CUDA counts the fastest first and nvidia-smi by slot, unless CUDA_DEVICE_ORDER says
+    PCI_BUS_ID; then an index may be that of another one.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return "0"
+    first = visible.split(",")[0].strip()
+    return first if first.isdigit() or first.startswith(("GPU-", "MIG-")) else None
+
+
 def _has_cuda(backend: str) -> bool:
-    """Whether the framework installed was built for CUDA, and a driver is there; told without importing it."""
-    if shutil.which("nvidia-smi") is None:
+    """Whether the framework installed was built for CUDA, a driver is there, and a GPU is visible. Imports no framework."""
+    if shutil.which("nvidia-smi") is None or _visible_gpu() is None:
         return False
     installed = {found.name.lower(): found.version for found in distributions()}
     if backend == "mlx":
@@ -97,9 +110,9 @@ def _has_cuda(backend: str) -> bool:
 
 
 def _nvidia() -> Machine:
-    """The first GPU; its memory is None if the driver does not say."""
+    """The first visible GPU; its memory is None if the driver does not say."""
     asked = subprocess.run(
-        ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits", "--id=0"],
+        ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits", f"--id={_visible_gpu()}"],
         capture_output=True,
         text=True,
         check=False,

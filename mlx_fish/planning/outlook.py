@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from mlx_fish.backends.limits import TORCH_POSITIONS
 from mlx_fish.data.batches import Capacity, evaluation_rows
 from mlx_fish.data.order import MicroBatch
 from mlx_fish.data.tokens import Tokens
@@ -13,8 +14,7 @@ from mlx_fish.planning.machine import Machine
 from mlx_fish.planning.memory import Dimensions, Peak, Shape, forward_peak_of, peak_of, shape_of
 from mlx_fish.planning.roofline import seconds_of, work_of
 
-# torch computes a batch in pieces of so many positions on a CPU, and needs this much for itself: a rough guess, see `Outlook`.
-TORCH_POSITIONS, TORCH_BYTES = 256, 500_000_000
+TORCH_BYTES = 500_000_000  # what torch holds for itself: a rough guess
 MOST_ROWS = 4096
 
 
@@ -76,7 +76,8 @@ class Outlook:
     def peak_of(self, shape: Shape, *, grad_checkpoint: bool) -> Peak:
         if not self.rough:
             return peak_of(self.model, self.job.spec, shape, grad_checkpoint=grad_checkpoint)
-        rows = max(1, min(shape.rows, TORCH_POSITIONS // shape.width))
+        positions = TORCH_POSITIONS[self.machine.device]
+        rows = max(1, min(shape.rows, positions // shape.width))
         piece = Shape(rows * shape.width, rows, shape.width, max(1, shape.labels * rows // shape.rows))
         peak = peak_of(self.model, self.job.spec, piece, grad_checkpoint=grad_checkpoint)
         return replace(peak, framework=TORCH_BYTES)

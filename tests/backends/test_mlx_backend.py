@@ -5,7 +5,7 @@ import torch
 from fuse_models import make_adapter, make_model
 
 from mlx_fish.backends.choose import load_backend
-from mlx_fish.backends.protocol import optimizer_step
+from mlx_fish.backends.protocol import Sampling, optimizer_step
 from mlx_fish.data.batches import make_batch
 from mlx_fish.data.tokens import Tokens
 
@@ -48,3 +48,22 @@ def test_checkpointing_needs_little_more_than_half_the_memory(tmp_path):
         optimizer_step(backend, [make_batch([row])], 0.0, [3])()
         peaks.append(backend.peak_memory() - held)
     assert peaks[1] < 0.55 * peaks[0]
+
+
+def test_a_sampler_draws_one_key_a_token(monkeypatch):
+    """The random keys of many long answers cost no more each than those of one short answer."""
+    import mlx_fish.backends.mlx.runtime  # noqa: F401  isort: skip
+    import mlx.core as mx
+
+    from mlx_fish.backends.mlx.generate import make_sampler
+
+    split, sizes = mx.random.split, []
+    monkeypatch.setattr(mx.random, "split", lambda key, num=2: sizes.append(num) or split(key, num))
+    sample = make_sampler(Sampling(temperature=1.0), row=500)
+    ids = [int(sample(mx.zeros((1, 50)))[0]) for _ in range(20)]
+    assert sizes == [2] * 20
+    assert len(set(ids)) > 5, "every token draws anew"
+    again = make_sampler(Sampling(temperature=1.0), row=500)
+    assert [int(again(mx.zeros((1, 50)))[0]) for _ in range(20)] == ids
+    other = make_sampler(Sampling(temperature=1.0), row=501)
+    assert [int(other(mx.zeros((1, 50)))[0]) for _ in range(20)] != ids

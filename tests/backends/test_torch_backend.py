@@ -246,3 +246,26 @@ def test_a_converted_folder_computes_what_its_source_does(tiny, tmp_path):
     ids = np.arange(5, 40, dtype=np.int32)
     expected = load_backend(tiny, name="torch").logits(ids)
     assert (load_backend(ModelFolder(made.path, "tiny"), name="torch").logits(ids) == expected).all()
+
+
+def test_the_gradient_waits_for_no_result(tiny, rows, monkeypatch):
+    """On a GPU, reading a number waits until it is computed: once an update, not once a piece. (transformers looks once a forward
+    whether the positions that it made up itself are those of packed rows; that is its own.)"""
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), named=None):
+            self.count += function is torch.ops.aten._local_scalar_dense.default
+            return function(*arguments, **(named or {}))
+
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
+    monkeypatch.setitem(TORCH_POSITIONS, "cpu", 1)
+    backend, batch = attached(tiny), make_batch(rows)
+    assert len(list(pieces(batch, 1))) == len(rows) > 2
+    with Reads() as reads:
+        gradient = backend.gradient([batch], batch.num_supervised, [0])
+    assert reads.count == 0
+    with Reads() as reads:
+        backend.update(gradient, 1e-3)()
+    assert reads.count <= 3  # the loss, the norm, AdamW's step

@@ -3,6 +3,8 @@
 Also for templates of tokenizers that do not keep what came before: dropping earlier thoughts, trimming, numbering, reversing.
 """
 
+import subprocess
+import sys
 import threading
 import unicodedata
 
@@ -176,8 +178,6 @@ def test_a_template_that_never_ends_is_given_up(tokenizer, tiny, monkeypatch):
 
 def test_one_instruction_that_never_ends_ends_the_process():
     """9 ** 9 ** 9 holds Python's lock, so no thread of Python gets a turn."""
-    import subprocess
-    import sys
     import time
 
     code = "from mlx_fish.data.templates import deadline\ndeadline.HARD_SECONDS = 0.5\ndeadline.within(lambda: 9 ** 9 ** 9)"
@@ -186,3 +186,21 @@ def test_one_instruction_that_never_ends_ends_the_process():
     assert done.returncode == 1
     assert "Timeout (0:00:00.5" in done.stderr
     assert time.monotonic() - started < 250
+
+
+@pytest.mark.process
+def test_a_thread_that_is_done_does_not_lift_the_bound_of_another():
+    """Two threads render; the second is done while the first still works, and then the first never ends."""
+    program = """
+import threading, time
+from mlx_fish.data.templates import deadline
+deadline.HARD_SECONDS = 1.0
+first = threading.Thread(target=lambda: deadline.within(lambda: time.sleep(0.4) or 9 ** 9 ** 9))
+first.start()
+time.sleep(0.1)
+deadline.within(lambda: None)
+first.join()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "Timeout (0:00:01" in done.stderr

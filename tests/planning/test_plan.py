@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -17,9 +18,12 @@ from mlx_fish.config import TrainConfig
 from mlx_fish.errors import FishError
 from mlx_fish.models.folder import ModelFolder
 from mlx_fish.models.hub import find_model
+from mlx_fish.planning import machine
 from mlx_fish.planning import plan as planning
-from mlx_fish.planning.job import load_data, make_job
+from mlx_fish.planning.job import describe, load_data, make_job
 from mlx_fish.planning.machine import GIB, MAC_MINIS, Machine, parse_memory, this_machine
+from mlx_fish.planning.memory import Shape, peak_of
+from mlx_fish.planning.outlook import Outlook
 
 SMALL_MACHINE = Machine("a small machine", 60_000_000, "cpu", 1e11, 1e10)
 
@@ -216,3 +220,47 @@ def test_a_tokenizer_of_another_model_is_named_before_it_loads():
     small.config["vocab_size"] = 100
     with pytest.raises(FishError, match=r"jsonl:\d+ has the token id \d+, and small has 100 embeddings"):
         make_job(job.config, small, job.dataset)
+
+
+@pytest.mark.parametrize(("device", "positions"), [("cpu", 256), ("metal", 4096), ("cuda", 8192)])
+def test_torch_is_planned_with_as_many_positions_as_it_computes_at_a_time(device, positions):
+    job = job_of(backend="torch", batch_size=64)
+    outlook = Outlook(job, replace(SMALL_MACHINE, device=device), "torch")
+    shape = Shape(tokens=200 * 128, rows=200, width=128, labels=200 * 64)
+    rows = positions // 128
+    piece = Shape(tokens=rows * 128, rows=rows, width=128, labels=rows * 64)
+    expected = peak_of(outlook.model, job.spec, piece, grad_checkpoint=False)
+    assert outlook.peak_of(shape, grad_checkpoint=False).activations == expected.activations
+
+
+def test_no_batch_is_laid_out_before_the_model_loads(monkeypatch):
+    """An epoch's padding and shapes are counted from lengths; laying out every batch would take a minute for 100,000 rows."""
+    monkeypatch.setattr("mlx_fish.data.order.make_batch", lambda *rows, **sizes: pytest.fail("a batch was laid out"))
+    job = job_of()
+    monkeypatch.setattr(job.updates, "collate", lambda *rows, **sizes: pytest.fail("a batch was laid out"))
+    describe(job)
+    planning.make_plan(job, SMALL_MACHINE)
+
+
+@pytest.mark.parametrize(
+    ("visible", "asked"), [(None, "0"), ("1,0", "1"), ("GPU-8b,1", "GPU-8b"), ("", None), ("-1", None)]
+)
+def test_the_gpu_planned_for_is_the_one_that_computes(monkeypatch, visible, asked):
+    seen = []
+
+    def smi(command, **options):
+        seen.append(command[-1])
+        return SimpleNamespace(stdout="NVIDIA T4, 15360\n")
+
+    monkeypatch.setattr(machine.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(machine, "distributions", lambda: [SimpleNamespace(name="torch", version="2.13.0+cu130")])
+    monkeypatch.setattr(machine.subprocess, "run", smi)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = machine.this_machine("torch")
+    if asked is None:
+        assert found.device != "cuda"
+    else:
+        assert (found.name, found.memory, found.device, seen) == ("NVIDIA T4", 15360 << 20, "cuda", [f"--id={asked}"])

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import mlx_fish.backends.mlx.runtime  # noqa: F401  isort: skip
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.sample_utils import make_repetition_penalty
 
@@ -20,19 +21,16 @@ def make_sampler(sampling: Sampling, *, row: int = 0) -> Sampler:
     """(1, V) log-probabilities -> (1,) ids. Row `row` of a batch draws the same numbers whoever shares its batch."""
     if sampling.temperature == 0:
         return lambda logprobs: mx.argmax(logprobs, axis=-1)
-    key = mx.random.key(sampling.seed)
-    for _ in range(row):
-        key, _ = mx.random.split(key)
-    drawn = 0
+    # A chain of keys for each row: no generator is shared with another row, or with anything else.
+    key = mx.random.key(int(np.random.SeedSequence([sampling.seed, row]).generate_state(1)[0]))
 
     def sample(logprobs: mx.array) -> mx.array:
-        nonlocal drawn
-        drawn += 1
+        nonlocal key
+        key, own = mx.random.split(key)
         scores = keep_top_p(
             keep_top_k(logprobs.astype(mx.float32) / sampling.temperature, sampling.top_k), sampling.top_p
         )
-        # Row and token number are folded into one key: no generator is shared with anything else.
-        return mx.random.categorical(scores, key=mx.random.split(key, drawn + 1)[drawn])
+        return mx.random.categorical(scores, key=own)
 
     return sample
 

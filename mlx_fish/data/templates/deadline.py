@@ -12,6 +12,7 @@ SECONDS = 5.0
 # faulthandler's own thread, which needs none, ends the process and says where it was.
 HARD_SECONDS = 10.0
 T = TypeVar("T")
+_turn = threading.Lock()  # faulthandler has one timer for the whole process
 
 
 def within(work: Callable[[], T]) -> T:
@@ -20,6 +21,11 @@ def within(work: Callable[[], T]) -> T:
     Raises:
         TimeoutError: it did not end within `SECONDS`; then it is ended at the next instruction of Python that it reaches.
     """
+    with _turn:
+        return _within(work)
+
+
+def _within(work: Callable[[], T]) -> T:
     results: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue()
 
     def run() -> None:
