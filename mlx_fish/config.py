@@ -13,6 +13,7 @@ from mlx_fish.errors import FishError, did_you_mean
 
 SCHEDULES = ("linear", "cosine", "constant")
 BACKENDS = ("auto", "mlx", "torch")
+STAGES = ("sft", "pt")
 SWITCH = ("auto", "on", "off")
 
 
@@ -43,8 +44,11 @@ class TrainConfig:
     )
     data: str = setting(
         "fish_care",
-        "A .jsonl/.json file, a folder of train/valid/test files, or a name in dataset_info.json.",
+        "A .jsonl/.json file, a folder of train/valid/test files, or a name in dataset_info.json; with --stage pt also .txt.",
         also=("dataset",),
+    )
+    stage: str = setting(
+        "sft", "sft: questions and answers, of which the answers are learnt. pt: raw text, all of it.", choices=STAGES
     )
     output_dir: str = setting("finetuned_model", "Where the adapter, logs and checkpoints go.")
     iters: int | None = setting(None, "Optimizer updates; overrides --epochs.", also=("max_steps",), least=1)
@@ -58,6 +62,7 @@ class TrainConfig:
     )
     lora_rank: int = setting(8, "Rank r of the adapter.", least=1)
     lora_alpha: float = setting(16.0, "The adapter is scaled by alpha / r.", least=0.0)
+    use_rslora: bool = setting(False, "Scale the adapter by alpha / sqrt(r) instead (rsLoRA).")
     lora_dropout: float = setting(0.0, "Share of LoRA's input zeroed in training.", least=0.0)
     lora_target: str = setting("all", "Linear layers to adapt: `all`, or names such as q_proj,v_proj.")
     num_layers: int | None = setting(None, "Adapt only the last N blocks. [default: all]", least=1)
@@ -96,6 +101,8 @@ class TrainConfig:
             self._check(item, getattr(self, item.name))
         if self.epochs == 0 and self.iters is None:
             raise FishError("--epochs 0 trains nothing; give a positive number, or --iters.")
+        if self.stage == "pt" and self.template not in ("auto", "empty"):
+            raise FishError(f"--template {self.template}: raw text (--stage pt) has no template; leave it out.")
         if not self.lora_dropout < 1:
             raise FishError(f"--lora-dropout {self.lora_dropout}: expected 0 up to below 1.")
         if self.lora_alpha == 0:

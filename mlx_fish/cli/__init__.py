@@ -59,10 +59,13 @@ def main(debug: bool) -> None:
 
     \b
     mlx-fish convert                       Qwen/Qwen2-0.5B -> an MLX folder
-    mlx-fish train --iters 10              LoRA on the fish-care data
-    mlx-fish generate -p "金鱼为什么浮头？"   the tuned model's answer
+    mlx-fish train --iters 10              LoRA on the built-in data set; --data takes yours
+    mlx-fish generate -p "..."             the tuned model's answer
     mlx-fish fuse --to-hf                  adapter + base -> Hugging Face folder
     """
+    if sys.platform == "win32":  # a pipe there has the code page's encoding, which most languages do not fit into
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 

@@ -10,7 +10,6 @@ from mlx_fish.tracking.events import say
 from mlx_fish.tracking.terminal import byte_bar, size_text
 
 GGUF_TYPES = click.Choice(["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m"], case_sensitive=False)
-QUESTION = "金鱼为什么浮头？"
 
 
 @click.command()
@@ -62,7 +61,8 @@ def fuse(
     from mlx_fish.export.fuse import fuse as run
     from mlx_fish.export.targets import Target, with_folders
     from mlx_fish.inference.session import adapter_base
-    from mlx_fish.runs.folder import DEFAULT_OUTPUT, find_adapter
+    from mlx_fish.runs.card import Tuning
+    from mlx_fish.runs.folder import DEFAULT_OUTPUT, find_adapter, read_run
 
     wanted = [Target("hf", dtype=dtype)] if to_hf else []
     if gguf_types:
@@ -99,8 +99,8 @@ def fuse(
         if target.kind == "ollama" and create:
             from mlx_fish.export.ollama import create_model
 
-            answer = create_model(target.out, target.name, QUESTION)
-            say(f"\n{QUESTION}\n{answer}")
+            question = Tuning.from_run(read_run(lora.path), base=base.name).question
+            say(f"\n{question}\n{create_model(target.out, target.name, question)}")
         click.echo(str(target.out))
 
 

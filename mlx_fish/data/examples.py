@@ -22,7 +22,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation that ends with an answer. `where` is `file:line`."""
+    """A conversation that ends with an answer, or one turn that is a document. `where` is `file:line`."""
 
     turns: tuple[Turn, ...]
     where: str
@@ -32,8 +32,17 @@ class RowError(Exception):
     """What is wrong with one row, without its place."""
 
 
-ParseRow = Callable[[Any, Columns | None], tuple[Turn, ...]]
-"""A parsed JSON value, and how its columns are called (None: recognise them) -> its turns. Raises RowError."""
+@dataclass(frozen=True)
+class RowKind:
+    """What a row of a data set is.
+
+    Attributes:
+        parse: a parsed JSON value, and how its columns are called (None: recognise them) -> its turns. Raises RowError.
+        required: the columns that an entry of dataset_info.json must name.
+    """
+
+    parse: Callable[[Any, Columns | None], tuple[Turn, ...]]
+    required: tuple[str, ...]
 
 
 @dataclass

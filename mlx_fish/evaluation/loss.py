@@ -13,9 +13,10 @@ from mlx_fish.data.dataset import SPLITS, load_dataset
 from mlx_fish.data.examples import Mistakes
 from mlx_fish.errors import FishError
 from mlx_fish.inference.session import load_session
-from mlx_fish.objectives.sft import SFT
+from mlx_fish.objectives import OBJECTIVES
 from mlx_fish.planning.job import say_cut
 from mlx_fish.runs.folder import find_adapter, read_run
+from mlx_fish.runs.record import data_path
 from mlx_fish.tracking.events import say
 
 
@@ -74,20 +75,27 @@ def evaluate(
     if split not in (*SPLITS, "all"):
         raise FishError(f"--split {split}: expected one of {', '.join(SPLITS)}, all.")
     place = find_adapter(adapter)
-    settings = asdict(TrainConfig()) | (read_run(place).get("settings", {}) if place else {})
-    dataset = load_dataset(data or settings["data"], skip_bad_rows=settings["skip_bad_rows"])
+    run = read_run(place) if place else {}
+    settings = asdict(TrainConfig()) | run.get("settings", {})
+    objective = OBJECTIVES[settings["stage"]]
+    dataset = load_dataset(
+        data or settings["data"],
+        kind=objective.rows,
+        skip_bad_rows=settings["skip_bad_rows"],
+        found_at=None if data else data_path(run),
+    )
     examples = [example for name in SPLITS if split in (name, "all") for example in dataset.splits[name]]
     if not examples:
         raise FishError(f"--data {dataset.name} has no rows in its {split} split; try --split all.")
     session = load_session(model=model, adapter=adapter, no_adapter=no_adapter, backend=backend)
     mistakes = Mistakes()
-    rows = SFT.tokenise(examples, session.template, settings["max_seq_length"], mistakes)
+    rows = objective.tokenise(examples, session.template, settings["max_seq_length"], mistakes)
     if not rows or not settings["skip_bad_rows"]:
         mistakes.refuse()
     say(f"{dataset.name}, {split}: {len(rows)} rows")
     say_cut(rows, settings["max_seq_length"])
     packing = not session.folder.attends_in_windows
-    batches = [SFT.collate(batch, packing=packing) for batch in evaluation_rows(rows)]
+    batches = [objective.collate(batch, packing=packing) for batch in evaluation_rows(rows)]
     tokens = sum(batch.num_supervised for batch in batches)
     loaded: Backend = session.load()
 

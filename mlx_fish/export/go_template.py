@@ -175,7 +175,7 @@ def _common_prefix(one: str, other: str) -> str:
 def _probes(has_system: bool) -> list[list[Message]]:
     """Conversations with what templates are known to look at: length, line ends, code, braces, tags, digits."""
     contents = [
-        "金鱼为什么浮头？",
+        "水为什么会结冰？",
         "a",
         "1. x\n2. y",
         "{{ .Role }} {% if %}",

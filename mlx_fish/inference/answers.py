@@ -78,10 +78,15 @@ def answer_many(
 
 
 def sample_answer(
-    backend: Backend, template: Template, question: str, end_ids: tuple[int, ...], *, max_tokens: int = SAMPLE_TOKENS
+    backend: Backend,
+    template: Template,
+    turns: tuple[Turn, ...],
+    end_ids: tuple[int, ...],
+    *,
+    max_tokens: int = SAMPLE_TOKENS,
 ) -> str:
-    """The greedy answer to one question on one line; `…` at its end when it was cut at `max_tokens`."""
-    prompt = template.prompt_ids(turns_of(question))
+    """The greedy answer to a conversation, on one line; `…` at its end when it was cut at `max_tokens`."""
+    prompt = template.prompt_ids(turns)
     ids = list(backend.generate(prompt, Sampling(max_tokens=max_tokens), end_ids))
     text = template.answer_text(ids).strip().replace("\n", " ")
     return text + ("…" if len(ids) == max_tokens else "")

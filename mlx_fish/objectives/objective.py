@@ -4,15 +4,15 @@ A backend computes the log-probability of every labelled token of a batch, and c
 back to the adapter. An objective decides everything else, in plain functions: how a row of a data set is read, which of its
 tokens are labels, how rows lie in a batch, and which scalar is minimised.
 
-    row --parse--> turns --tokenise--> Tokens --collate--> Batch --backend--> log-probabilities --loss--> scalar
+    row --rows--> turns --tokenise--> Tokens --collate--> Batch --backend--> log-probabilities --loss--> scalar
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from mlx_fish.data.batches import Batch, Capacity
-from mlx_fish.data.examples import Example, Mistakes, ParseRow
+from mlx_fish.data.examples import Example, Mistakes, RowKind, Turn
 from mlx_fish.data.templates.template import Template
 from mlx_fish.data.tokens import Tokens
 
@@ -56,12 +56,14 @@ class Objective:
     """One way of training, by the name that `--stage` gives it.
 
     Attributes:
-        parse: one row of a data set -> its turns.
+        rows: what a row of the data set is.
+        opening: the turns of an example that a sample answer goes on from.
         template: the prompt template that it needs; None: the one that `--template` names.
     """
 
     name: str
-    parse: ParseRow
+    rows: RowKind
+    opening: Callable[[Example], tuple[Turn, ...]]
     tokenise: Tokenise
     collate: Collate
     loss: LossFunction

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from mlx_fish.data.batches import make_batch
-from mlx_fish.data.examples import Example, Mistakes
-from mlx_fish.data.formats.rows import parse_conversation
+from mlx_fish.data.examples import Example, Mistakes, Turn
+from mlx_fish.data.formats.rows import CONVERSATIONS
 from mlx_fish.data.templates.template import Template, TemplateTimeoutError
 from mlx_fish.data.tokens import Tokens
 from mlx_fish.errors import FishError
@@ -25,6 +25,17 @@ def tokenise(examples: Sequence[Example], template: Template, max_length: int, m
     return rows
 
 
+def opening(example: Example) -> tuple[Turn, ...]:
+    """Everything before the first answer."""
+    first_answer = next(number for number, turn in enumerate(example.turns) if turn.role == "assistant")
+    return example.turns[:first_answer]
+
+
 SFT = Objective(
-    name="sft", parse=parse_conversation, tokenise=tokenise, collate=make_batch, loss=negative_log_likelihood
+    name="sft",
+    rows=CONVERSATIONS,
+    opening=opening,
+    tokenise=tokenise,
+    collate=make_batch,
+    loss=negative_log_likelihood,
 )

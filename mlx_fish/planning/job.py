@@ -5,19 +5,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 from mlx_fish.adapters.spec import AdapterSpec, choose_layers, count_blocks
 from mlx_fish.config import TrainConfig
 from mlx_fish.data.dataset import Dataset, load_dataset
-from mlx_fish.data.examples import Mistakes
+from mlx_fish.data.examples import Mistakes, Turn
 from mlx_fish.data.order import Updates, padding_share
 from mlx_fish.data.templates.template import Template, choose_template
 from mlx_fish.data.templates.tokenizer import load_tokenizer
 from mlx_fish.data.tokens import Tokens
 from mlx_fish.errors import FishError
 from mlx_fish.models.folder import ModelFolder
-from mlx_fish.objectives.objective import Objective
-from mlx_fish.objectives.sft import SFT
+from mlx_fish.objectives import OBJECTIVES, Objective
 from mlx_fish.tracking.events import say
 
 
@@ -26,9 +26,11 @@ class Job:
     """All that is decided before a model loads.
 
     Attributes:
-        rows, valid_rows: the rows trained on, and those of each validation.
+        rows, valid_rows: the rows trained on, and those of each validation, out of `num_valid_rows`.
         skipped: broken rows left out (`--skip-bad-rows`).
         num_blocks: the model's blocks, adapted or not.
+        sample: the turns that are answered before training and after it: the data set's own sample question, else a validation
+            row's (where there is none, a training row's).
     """
 
     config: TrainConfig
@@ -37,12 +39,14 @@ class Job:
     template: Template
     rows: list[Tokens]
     valid_rows: list[Tokens]
+    num_valid_rows: int
     spec: AdapterSpec
     objective: Objective
     updates: Updates
     iters: int
     num_blocks: int
     skipped: Mistakes
+    sample: tuple[Turn, ...]
 
     @cached_property
     def digest(self) -> str:
@@ -55,9 +59,14 @@ class Job:
         return digest.hexdigest()
 
 
-def load_data(config: TrainConfig) -> Dataset:
-    """The data set, with rows to train on."""
-    dataset = load_dataset(config.data, skip_bad_rows=config.skip_bad_rows)
+def load_data(config: TrainConfig, found_at: Path | None = None) -> Dataset:
+    """The data set, with rows to train on.
+
+    Args:
+        found_at: where an earlier part of the run found it, see `load_dataset`.
+    """
+    kind = OBJECTIVES[config.stage].rows
+    dataset = load_dataset(config.data, kind=kind, skip_bad_rows=config.skip_bad_rows, found_at=found_at)
     if not dataset.splits["train"]:
         raise _no_rows(config)
     return dataset
@@ -75,12 +84,14 @@ def make_job(config: TrainConfig, folder: ModelFolder, dataset: Dataset) -> Job:
     Raises:
         FishError: settings that do not fit the model, or rows that the template or the length limit cannot take, told together.
     """
+    objective = OBJECTIVES[config.stage]
     layers = choose_layers(folder.linear_layers, target=config.lora_target, num_layers=config.num_layers)
     tokenizer = load_tokenizer(folder)
-    template = choose_template(config.template, tokenizer, folder)
+    template = choose_template(objective.template or config.template, tokenizer, folder)
     skipped = replace(dataset.skipped, first=list(dataset.skipped.first))
     rows, valid_rows = (
-        SFT.tokenise(dataset.splits[name], template, config.max_seq_length, skipped) for name in ("train", "valid")
+        objective.tokenise(dataset.splits[name], template, config.max_seq_length, skipped)
+        for name in ("train", "valid")
     )
     if not config.skip_bad_rows:
         skipped.refuse()
@@ -92,7 +103,7 @@ def make_job(config: TrainConfig, folder: ModelFolder, dataset: Dataset) -> Job:
         batch_size=config.batch_size,
         accumulation=config.grad_accumulation,
         seed=config.seed,
-        collate=SFT.collate,
+        collate=objective.collate,
         packing=config.packing and not folder.attends_in_windows,  # the grid of packed rows knows no window
     )
     iters = config.iters or max(1, math.ceil(config.epochs * updates.per_epoch))
@@ -106,13 +117,27 @@ def make_job(config: TrainConfig, folder: ModelFolder, dataset: Dataset) -> Job:
         template=template,
         rows=rows,
         valid_rows=valid_rows[:limit],
-        spec=AdapterSpec.uniform(layers, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout),
-        objective=SFT,
+        num_valid_rows=len(valid_rows),
+        spec=AdapterSpec.uniform(
+            layers,
+            kind="rslora" if config.use_rslora else "lora",
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+        ),
+        objective=objective,
         updates=updates,
         iters=iters,
         num_blocks=count_blocks(folder.linear_layers),
         skipped=skipped,
+        sample=_sample(dataset, objective),
     )
+
+
+def _sample(dataset: Dataset, objective: Objective) -> tuple[Turn, ...]:
+    if dataset.sample_questions:
+        return (Turn("user", dataset.sample_questions[0]),)
+    return objective.opening((dataset.splits["valid"] or dataset.splits["train"])[0])
 
 
 def _check_ids(rows: Sequence[Tokens], folder: ModelFolder) -> None:
@@ -144,12 +169,12 @@ def describe(job: Job) -> None:
     config = job.config
     say(f"  model       {job.folder.name}, {parameters / 1e6:.1f} M parameters")
     say(
-        f"  adapter     LoRA rank {config.lora_rank}, alpha {config.lora_alpha:g}, on {len(job.spec.layers)} layers: "
+        f"  adapter     {'rsLoRA' if config.use_rslora else 'LoRA'} rank {config.lora_rank}, alpha {config.lora_alpha:g}, on {len(job.spec.layers)} layers: "
         f"{trainable / 1e6:.2f} M trainable ({trainable / parameters:.2%})"
     )
     say(
         f"  data        {job.dataset.name}: {len(job.rows)} training rows, {len(job.valid_rows)} for validation "
-        f"(of {len(job.dataset.splits['valid'])}), template {job.template.name}"
+        f"(of {job.num_valid_rows}), template {job.template.name}"
     )
     say(f"  tokens      {tokens:,} ({supervised / tokens:.0%} supervised), {padding:.1%} padding")
     say(
@@ -165,6 +190,11 @@ def describe(job: Job) -> None:
         say(f"! {job.skipped.count} broken rows are left out; the first: {job.skipped.first[0]}")
     if not job.valid_rows:
         say("! no validation rows: the data set is too small to hold some out")
+
+
+def sample_question(job: Job) -> str:
+    """What is asked before training and after it, on one line."""
+    return " ".join(job.sample[-1].content.split())
 
 
 def end_ids(job: Job) -> tuple[int, ...]:

@@ -73,6 +73,10 @@ def this_machine(backend: str) -> Machine:
 
 def memory_of_this_machine() -> int | None:
     """Bytes of RAM, or what a container may have of it; None where the system does not say."""
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.virtual_memory().total)
     try:
         installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):

@@ -4,7 +4,9 @@ Format: https://huggingface.co/docs/hub/model-cards. Text in, text out; nothing 
 a folder can be published as it is: of a path only the last part is told.
 """
 
+import json
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -13,10 +15,12 @@ from typing import Any
 from mlx_fish.models.hub import is_hub_id
 
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
-_QUESTION = "金鱼为什么浮头？"
+_QUESTION = "Hello! What can you help me with?"  # where the run does not say what it asked
+_LONGEST_QUESTION = 200
 _SETTINGS = (
     ("lora_rank", "LoRA rank"),
     ("lora_alpha", "LoRA alpha"),
+    ("use_rslora", "scaled by alpha / sqrt(rank) (rsLoRA)"),
     ("lora_dropout", "LoRA dropout"),
     ("lora_target", "adapted layers"),
     ("num_layers", "last blocks only"),
@@ -33,14 +37,12 @@ _SETTINGS = (
 _LIMITS = """\
 ## Limits
 
-This is a small model, and its advice can be wrong, however sure it sounds. Check every dose of a medicine against its
-package and with a veterinarian or an experienced keeper before anything goes into the water. The model knows nothing
-that happened after its base model was trained, except what stood in the training rows.
+This is a small model, and its answers can be wrong, however sure they sound. The model knows nothing that happened after its
+base model was trained, except what stood in the training rows.{en}
 
 ## 中文说明
 
-这是用 mlx-fish 在自己的问答数据上微调的小模型。小模型的回答可能有误；
-任何药物剂量在使用前都必须对照说明书核实，或请教兽医。
+这是用 mlx-fish 在自己的数据上微调的小模型，回答可能有误，请自行核实。{zh}
 """
 
 
@@ -52,6 +54,8 @@ class Tuning:
         base: a Hub id, or a path of which the last part is told.
         license: the base's licence, as the Hub names it (`apache-2.0`).
         data: the data set's name or path; `rows` are those trained on.
+        question: what to try it with.
+        warning: what the data set says of a model tuned on it, by language.
         loss_before, loss_after: mean loss a supervised token (nats) on the validation rows.
     """
 
@@ -61,6 +65,8 @@ class Tuning:
     data: str | None = None
     rows: int | None = None
     template: str | None = None
+    question: str = _QUESTION
+    warning: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     loss_before: float | None = None
     loss_after: float | None = None
@@ -75,7 +81,7 @@ class Tuning:
             value = part.get(key) if isinstance(part, Mapping) else None
             return value if isinstance(value, kinds) and not isinstance(value, bool) else None
 
-        settings = run.get("settings")
+        settings, warning = run.get("settings"), find("data", "warning", dict) or {}
         return cls(
             base=base,
             revision=find("base", "revision", str),
@@ -83,6 +89,8 @@ class Tuning:
             data=find("data", "name", str),
             rows=find("data", "rows", int),
             template=find("template", "name", str),
+            question=_one_line(find("sample", "question", str) or "")[:_LONGEST_QUESTION] or _QUESTION,
+            warning={language: _one_line(text) for language, text in warning.items() if isinstance(text, str)},
             settings=settings if isinstance(settings, Mapping) else {},
             loss_before=find("results", "loss_before", int, float),
             loss_after=find("results", "loss_after", int, float),
@@ -102,12 +110,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 base = AutoModelForCausalLM.from_pretrained("{place}")
 model = PeftModel.from_pretrained(base, ".")
-{_ask()}```
+{_ask(tuning.question)}```
 
 With mlx-fish:
 
 ```bash
-mlx-fish generate --adapter . -p "{_QUESTION}"
+mlx-fish generate --adapter . -p {shlex.quote(tuning.question)}
 mlx-fish fuse --adapter . --to-hf
 ```
 """
@@ -130,12 +138,12 @@ With transformers, in this folder:
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(".")
-{_ask()}```
+{_ask(tuning.question)}```
 
 With mlx-fish:
 
 ```bash
-mlx-fish generate --model . --no-adapter -p "{_QUESTION}"
+mlx-fish generate --model . --no-adapter -p {shlex.quote(tuning.question)}
 ```
 """
     return _card(
@@ -173,7 +181,14 @@ def license_of(folder: Path) -> str | None:
 
 def _card(front: str, title: str, summary: str, tuning: Tuning, usage: str) -> str:
     training = _training(tuning)
-    parts = [front + title, summary, *([training] if training else []), "## How to use it", usage.rstrip(), _LIMITS]
+    parts = [
+        front + title,
+        summary,
+        *([training] if training else []),
+        "## How to use it",
+        usage.rstrip(),
+        _limits(tuning),
+    ]
     return "\n\n".join(parts)
 
 
@@ -206,10 +221,28 @@ def _training(tuning: Tuning) -> str:
     settings = dict(tuning.settings)
     if settings.get("iters") is not None:
         settings.pop("epochs", None)  # --iters overrides them
-    lines += [f"- {label}: {settings[key]}" for key, label in _SETTINGS if settings.get(key) is not None]
+    lines += [
+        f"- {label}: {settings[key]}"
+        for key, label in _SETTINGS
+        if settings.get(key) not in (None, "") and settings[key] is not False
+    ]
     if tuning.loss_before is not None and tuning.loss_after is not None:
         lines.append(f"- validation loss: {tuning.loss_before:.4f} before, {tuning.loss_after:.4f} after")
     return "## Training\n\n" + "\n".join(lines) if lines else ""
+
+
+def _limits(tuning: Tuning) -> str:
+    """What to keep in mind, with what the data set itself says."""
+    warnings = {language: tuning.warning.get(language, "") for language in ("en", "zh")}
+    return _LIMITS.format(
+        en="\n\n" + warnings["en"] if warnings["en"] else "", zh="\n\n" + warnings["zh"] if warnings["zh"] else ""
+    )
+
+
+def _one_line(text: str) -> str:
+    """A text from a file, as plain text on one line: no control characters, and nothing that Markdown or HTML would read."""
+    printable = "".join(character if character.isprintable() else " " for character in text)
+    return " ".join(re.sub(r"[`<>\[\]*_|#\\]", " ", printable).split())
 
 
 def _plain(text: str) -> str:
@@ -217,10 +250,10 @@ def _plain(text: str) -> str:
     return " ".join(text.replace("`", "'").split())
 
 
-def _ask() -> str:
+def _ask(question: str) -> str:
     return f"""\
 tokenizer = AutoTokenizer.from_pretrained(".")
-messages = [{{"role": "user", "content": "{_QUESTION}"}}]
+messages = [{{"role": "user", "content": {json.dumps(question, ensure_ascii=False)}}}]
 prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 output = model.generate(**prompt, max_new_tokens=256)
 print(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -12,7 +12,7 @@ from mlx_fish.adapters.peft import Adapter, peft_config
 from mlx_fish.data.examples import Example
 from mlx_fish.errors import FishError
 from mlx_fish.models.folder import copy_tokenizer
-from mlx_fish.planning.job import Job, end_ids
+from mlx_fish.planning.job import Job, end_ids, sample_question
 from mlx_fish.runs.folder import RUN_FILE, read_run
 from mlx_fish.storage.files import write_json
 
@@ -64,6 +64,8 @@ def run_record(job: Job, results: dict[str, Any]) -> dict[str, Any]:
         },
         "data": {
             "name": job.dataset.name,
+            "path": str(job.dataset.path) if job.dataset.path else None,
+            "warning": job.dataset.warning,
             "sha256": job.dataset.hashes,
             "tokens_sha256": job.digest,
             "rows": len(job.rows),
@@ -71,8 +73,16 @@ def run_record(job: Job, results: dict[str, Any]) -> dict[str, Any]:
             "skipped_rows": job.skipped.count,
             "splits": {split: len(rows) for split, rows in job.dataset.splits.items()},
         },
+        "sample": {"question": sample_question(job)},
         "results": results,
     }
+
+
+def data_path(record: dict[str, Any]) -> Path | None:
+    """Where a run found its data, from its record."""
+    data = record.get("data")
+    path = data.get("path") if isinstance(data, dict) else None
+    return Path(path) if isinstance(path, str) else None
 
 
 def shared_system(rows: list[Example]) -> str | None:

@@ -17,6 +17,7 @@ from mlx_fish.models.hub import find_model
 from mlx_fish.planning.job import Job
 from mlx_fish.runs.checkpoint import Checkpoint, checkpoints, damage, find_checkpoint, load_checkpoint
 from mlx_fish.runs.folder import CHECKPOINTS, DEFAULT_OUTPUT, RUN_FILE, read_run
+from mlx_fish.runs.record import data_path
 from mlx_fish.tracking.events import say
 
 NEWEST = "newest"
@@ -138,6 +139,11 @@ def recorded_base(point: Point, settings: dict[str, Any]) -> ModelFolder:
     elif not (path / "config.json").is_file():
         return find_model(base["name"], revision=base["revision"])
     return ModelFolder(path, base["name"], base["revision"])  # the name as it was: it stands in the adapter's config
+
+
+def recorded_data(point: Point, settings: dict[str, Any]) -> Path | None:
+    """Where the run found its data; None where other data are asked for, or an older version did not note it."""
+    return None if settings.get("data") is not None else data_path(point.record)
 
 
 def check_same(point: Point, job: Job, record: dict[str, Any]) -> None:

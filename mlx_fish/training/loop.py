@@ -19,7 +19,7 @@ from mlx_fish.data.batches import Batch, evaluation_rows
 from mlx_fish.errors import FishError
 from mlx_fish.evaluation.loss import mean_loss
 from mlx_fish.inference.answers import sample_answer
-from mlx_fish.planning.job import Job, end_ids
+from mlx_fish.planning.job import Job, end_ids, sample_question
 from mlx_fish.runs.checkpoint import newest_valid, save_checkpoint
 from mlx_fish.runs.folder import CHECKPOINTS, DEFAULT_OUTPUT
 from mlx_fish.runs.record import adapter_config, run_record
@@ -29,8 +29,6 @@ from mlx_fish.tracking.events import Finished, Sampled, Saved, Started, Stopped,
 from mlx_fish.tracking.jsonl import JsonLog
 from mlx_fish.tracking.picture import Picture
 from mlx_fish.training.schedule import learning_rate
-
-SAMPLE_QUESTION = "金鱼为什么容易浮头？"
 
 
 class _NotFiniteError(FishError):
@@ -49,14 +47,15 @@ def make_updates(job: Job, backend: Backend, output: Path, state: dict[str, Any]
         Interrupted: a signal came; the update at hand is finished and in a checkpoint.
         FishError: a loss that is not finite, too little memory, a file that cannot be written; with the way to go on.
     """
-    before = state.get("before") or sample_answer(backend, job.template, SAMPLE_QUESTION, end_ids(job))
+    # An answer may be empty, and after a resume it is the tuned model that would be asked.
+    before = state["before"] if "before" in state else sample_answer(backend, job.template, job.sample, end_ids(job))
     course = Course(state.get("report"))
     log = JsonLog(output, logging_steps=job.config.logging_steps, state=state.get("report"))
     try:
         with sinks_added(log, Picture(output, course)):
             _Loop(job, backend, output, course, log, before).run(state["step"], stop)
-            after = sample_answer(backend, job.template, SAMPLE_QUESTION, end_ids(job))
-            emit(Sampled(SAMPLE_QUESTION, before, after))
+            after = sample_answer(backend, job.template, job.sample, end_ids(job))
+            emit(Sampled(sample_question(job), before, after))
             emit(Finished(output, course.tokens_per_second, backend.peak_memory(), course.elapsed))
     finally:
         log.close()

@@ -9,7 +9,7 @@ from mlx_fish.backends.choose import choose_backend, load_backend
 from mlx_fish.config import TrainConfig
 from mlx_fish.data.templates.template import check_template_name
 from mlx_fish.models.hub import find_model
-from mlx_fish.planning.job import Job, describe, load_data, make_job
+from mlx_fish.planning.job import Job, describe, load_data, make_job, sample_question
 from mlx_fish.planning.plan import planned
 from mlx_fish.runs.card import Tuning, adapter_card, license_of
 from mlx_fish.runs.folder import DEFAULT_OUTPUT, RUN_FILE, check_free, check_space, clean, locked, prepare
@@ -22,12 +22,13 @@ from mlx_fish.runs.resume import (
     continued,
     find_point,
     recorded_base,
+    recorded_data,
     run_folder,
 )
 from mlx_fish.signals import Interrupted, Stop, catching
 from mlx_fish.storage.files import write_json, write_text
 from mlx_fish.tracking.events import say
-from mlx_fish.training.loop import SAMPLE_QUESTION, make_updates, resume_command
+from mlx_fish.training.loop import make_updates, resume_command
 
 
 def train(config: TrainConfig, *, dry_run: bool = False, force: bool = False) -> Path:
@@ -75,7 +76,7 @@ def resume(settings: dict[str, Any], checkpoint: str = NEWEST, *, dry_run: bool 
         point = find_point(output, checkpoint)
         config = continued(point, settings)
         choose_backend(config.backend)
-        job = make_job(config, recorded_base(point, settings), load_data(config))
+        job = make_job(config, recorded_base(point, settings), load_data(config, recorded_data(point, settings)))
         check_same(point, job, run_record(job, {}))
         check_arrays(point, job)
         if point.step >= job.iters and point.has_results:
@@ -123,6 +124,7 @@ def _close(job: Job, output: Path, results: dict[str, Any]) -> None:
     )
     write_json(output / RUN_FILE, record)  # last: a record with results is that of a complete run
     where = "" if output == DEFAULT_OUTPUT else f" --adapter {shlex.quote(str(output))}"
+    question = shlex.quote(sample_question(job))
     say(
-        f'\nNext:\n  mlx-fish generate{where} -p "{SAMPLE_QUESTION}"\n  mlx-fish evaluate{where}\n  mlx-fish fuse{where} --to-hf'
+        f"\nNext:\n  mlx-fish generate{where} -p {question}\n  mlx-fish evaluate{where}\n  mlx-fish fuse{where} --to-hf"
     )

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import re
 import tracemalloc
 from collections import Counter
 
@@ -7,9 +8,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_fish.data.dataset import load_dataset, read_file, split_of
+from mlx_fish.data.dataset import load_dataset, split_of
 from mlx_fish.data.formats.dataset_info import find_entry
 from mlx_fish.errors import FishError
+
+
+def read_file(path):
+    """The examples of one file, in its order, and its sha256."""
+    dataset = load_dataset(str(path))
+    rows = [example for split in dataset.splits.values() for example in split]
+    return sorted(rows, key=lambda example: int(re.split(r"\D", example.where)[-1])), dataset.hashes[path.name]
 
 
 def write(path, *rows):
@@ -50,7 +58,7 @@ BROKEN = [
     (b'{"question": "a", "answer": NaN}', "NaN is not JSON"),
     (b'{"question": "\\ud800", "answer": "b"}', "surrogate"),
     (b"\xff\xfe", "not UTF-8"),
-    (b'{"text": "abc"}', "fields text; expected one of"),
+    (b'{"text": "abc"}', "`text` alone is a document"),
     (b'{"messages": []}', "should be a list of turns"),
     (b'{"messages": [{"role": "usr", "content": "x"}]}', "Did you mean `user`"),
     (b'{"messages": [{"role": "user", "content": "x"}]}', "no assistant turn"),
@@ -186,7 +194,7 @@ def test_a_data_sets_file_stays_in_its_folder(tmp_path, name):
     (folder / "link.jsonl").symlink_to(tmp_path / "secret.jsonl")
     (folder / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": name}}))
     with pytest.raises(FishError, match="outside its folder|no file can have|does not exist"):
-        find_entry("mine", [folder])
+        find_entry("mine", [folder], required=())
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 300, "x" * 5000, "\ud800", "../" * 2000])
@@ -219,7 +227,7 @@ def test_any_file_is_read_or_refused_line_by_line(tmp_path, lines):
     try:
         examples, _ = read_file(path)
     except FishError as error:
-        assert all(line.startswith((f"{path}:", "… and ")) for line in str(error).splitlines())
+        assert all(line.startswith((f"{path}:", "… and ", f"{path} holds no rows")) for line in str(error).splitlines())
         return
     for example in examples:
         assert example.turns[-1].role == "assistant"
@@ -238,8 +246,8 @@ def test_dataset_info_renames_columns(tmp_path):
     write(tmp_path / "rows.jsonl", {"q": "问", "a": "答", "input": "不用"})
     info = {"mine": {"file_name": "rows.jsonl", "columns": {"prompt": "q", "response": "a"}}}
     (tmp_path / "dataset_info.json").write_text(json.dumps(info))
-    path, columns = find_entry("mine", [tmp_path])
-    examples, _ = read_file(path, columns)
+    splits = load_dataset("mine", found_at=tmp_path / "dataset_info.json").splits
+    examples = [example for split in splits.values() for example in split]
     assert examples[0].turns[0].content == "问"
     assert examples[0].turns[0].input == ""  # unlisted columns do not exist, as in LLaMA-Factory
 
@@ -247,7 +255,7 @@ def test_dataset_info_renames_columns(tmp_path):
 def test_dataset_info_cannot_leave_its_folder(tmp_path):
     (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "../x.jsonl"}}))
     with pytest.raises(FishError, match="outside its folder"):
-        find_entry("mine", [tmp_path])
+        find_entry("mine", [tmp_path], required=())
 
 
 def test_the_split_depends_on_content_not_on_position(tmp_path):

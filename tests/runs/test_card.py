@@ -1,11 +1,15 @@
 """Model cards: front matter that the Hub accepts, nothing of this machine, and snippets that run."""
 
+import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from numpy_backend import NumpyBackend
+from runs import SMALL, train
 
 from mlx_fish.runs.card import Tuning, adapter_card, fused_card, license_of, public_name
 
@@ -66,8 +70,8 @@ def test_what_was_trained_is_told() -> None:
 
 def test_limits_stand_in_every_card() -> None:
     for card in (adapter_card(HUB), fused_card(HUB, dtype="float32")):
-        assert "Check every dose of a medicine" in card
-        assert "药物剂量" in card
+        assert "its answers can be wrong" in card
+        assert "可能有误" in card
         assert card.endswith("\n") and "\n\n\n" not in card
 
 
@@ -138,3 +142,41 @@ def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     card = adapter_card(Tuning(base=str(base.path))).replace("path/to/base", str(base.path))
     from_adapter = run_snippet(card, adapter.path, monkeypatch, capsys)
     assert from_fused.strip() and from_fused == from_adapter  # greedy, and the same model
+
+
+RECIPES = [
+    {"question": f"What goes into soup number {i}?", "answer": f"Leeks, {i} potatoes and salt."} for i in range(30)
+]
+
+
+def test_who_tunes_on_recipes_never_meets_a_goldfish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """Sample questions come from the data set's own rows, and the card warns of nothing that the data set does not."""
+    path = tmp_path / "recipes.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in RECIPES), encoding="utf-8")
+    train(NumpyBackend(), **{**SMALL, "data": str(path), "output_dir": str(tmp_path / "run")})
+    shown = capfd.readouterr().err
+    for text in (shown, *(file.read_text() for file in (tmp_path / "run").glob("*.[jm][sd]*"))):
+        assert not re.search("鱼|medicine|veterinar|aquari|药", text)
+    question = json.loads((tmp_path / "run" / "run.json").read_text())["sample"]["question"]
+    assert question in {row["question"] for row in RECIPES}
+    assert f"  {question}\n  before: " in shown and shlex.quote(question) in shown
+    card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    assert shlex.quote(question) in card and json.dumps(question) in card
+
+
+def test_the_fish_data_bring_their_own_question_and_warning(tmp_path: Path) -> None:
+    train(NumpyBackend(), **{**SMALL, "data": "fish_care", "output_dir": str(tmp_path / "run")})
+    card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    assert "金鱼为什么容易浮头？" in card and "with a veterinarian" in card and "必须对照说明书" in card
+
+
+def test_a_strangers_record_cannot_write_into_a_card() -> None:
+    run = {
+        "sample": {"question": "a`b\n```\n# Heading\n<script>x</script>\x1b[31m" + "q" * 500},
+        "data": {"warning": {"en": "Fine.\n\n# Free money\n[click](http://x)", "zh": 5}},
+    }
+    card = adapter_card(Tuning.from_run(run, base="Owner/Base"))
+    assert "# Heading" not in card and "# Free" not in card and "[click]" not in card and "<script" not in card
+    assert "\x1b" not in card and "q" * 201 not in card and card.count("```") == 4

@@ -1,5 +1,6 @@
 """A run that is stopped and goes on equals one that was never stopped: the losses to the bit, the adapter to the byte."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -326,3 +327,77 @@ def test_a_second_run_in_the_folder_is_refused(half_done, settings):
     assert told.read_text().count(f"another run is writing to {output}") == 2
     assert outcome(output) == expected
     assert not (output / ".lock").exists()
+
+
+def test_a_base_that_answered_nothing_is_not_asked_again_after_training(settings, tmp_path):
+    """The sample answer before training may be empty; after a resume it is the tuned model that would be asked."""
+
+    class Silent(NumpyBackend):
+        def generate(self, prompt, sampling, end_ids):
+            return iter(())
+
+    backend = Silent()
+    backend.during_step = lambda now: os.kill(os.getpid(), signal.SIGTERM) if now == 3 else None
+    assert in_child(lambda: train(backend, **settings)) == 143
+    resume(NumpyBackend(), output_dir=settings["output_dir"])
+    results = json.loads((Path(settings["output_dir"]) / "run.json").read_text())["results"]
+    assert results["before"] == "" and results["after"] != ""
+
+
+@pytest.mark.parametrize("data", ["rows.jsonl", "sets", "mine"], ids=["file", "folder", "name"])
+def test_a_run_goes_on_from_another_folder(tmp_path, monkeypatch, data):
+    """The data set is found where the run found it, as the base is."""
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    for folder in (home / "sets", home / "data", elsewhere):
+        folder.mkdir(parents=True)
+    write_rows(home / "rows.jsonl")
+    write_rows(home / "sets" / "train.jsonl")
+    write_rows(home / "data" / "own.jsonl")
+    (home / "data" / "dataset_info.json").write_text(
+        '{"mine": {"file_name": "own.jsonl", "columns": {"prompt": "question", "response": "answer"}}}'
+    )
+    output = tmp_path / "run"
+    monkeypatch.chdir(home)
+    train(NumpyBackend(), **{**SMALL, "data": data, "output_dir": str(output)})
+    monkeypatch.chdir(elsewhere)
+    resume(NumpyBackend(), output_dir=str(output), iters=8)
+    record = json.loads((output / "run.json").read_text())
+    assert record["iters"] == 8 and record["settings"]["data"] == data
+    assert Path(record["data"]["path"]).is_relative_to(home.resolve())
+    write_rows(elsewhere / "rows.jsonl", count=31)
+    with pytest.raises(FishError, match="the data file"):
+        resume(NumpyBackend(), output_dir=str(output), iters=9, data="rows.jsonl")
+
+
+def test_a_folder_that_has_moved_with_its_data_goes_on(tmp_path, monkeypatch):
+    """What is no longer where the run found it is looked for as it was typed."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    write_rows(old / "rows.jsonl")
+    monkeypatch.chdir(old)
+    train(NumpyBackend(), **{**SMALL, "data": "rows.jsonl", "output_dir": "run"})
+    monkeypatch.chdir(tmp_path)
+    old.rename(new)
+    monkeypatch.chdir(new)
+    resume(NumpyBackend(), output_dir="run", iters=8)
+    assert json.loads(Path("run/run.json").read_text())["iters"] == 8
+
+
+def test_a_run_of_before_the_data_sets_place_was_noted_goes_on(settings):
+    train(NumpyBackend(), **settings)
+    for path in Path(settings["output_dir"]).rglob("*.json"):
+        record = json.loads(path.read_text())
+        for part in (record, record.get("run", {})):
+            for key in ("path", "warning"):
+                part.get("data", {}).pop(key, None) if isinstance(part.get("data"), dict) else None
+            for key in ("stage", "use_rslora"):
+                part.get("settings", {}).pop(key, None)
+            part.pop("sample", None)
+        if path.name == "state.json":
+            path.write_text(json.dumps(record))
+            manifest = json.loads((path.parent / "manifest.json").read_text())
+            manifest["sha256"]["state.json"] = hashlib.sha256(path.read_bytes()).hexdigest()
+            (path.parent / "manifest.json").write_text(json.dumps(manifest))
+        elif path.name == "run.json":
+            path.write_text(json.dumps(record))
+    resume(NumpyBackend(), output_dir=settings["output_dir"], iters=settings["iters"] + 2)

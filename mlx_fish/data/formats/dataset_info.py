@@ -11,7 +11,7 @@ from mlx_fish.errors import FishError, did_you_mean
 from mlx_fish.storage.files import is_path, read_json
 
 FILE_NAME = "dataset_info.json"
-_KNOWN_KEYS = {"file_name", "formatting", "columns", "tags"}
+_KNOWN_KEYS = {"file_name", "formatting", "columns", "tags", "sample_questions", "warning"}
 _COLUMN_KEYS = {
     "alpaca": {"prompt", "query", "response", "system", "history"},
     "sharegpt": {"messages", "system"},
@@ -38,8 +38,29 @@ class Columns:
     roles: dict[str, str] = field(default_factory=dict)
 
 
-def find_entry(name: str, folders: list[Path]) -> tuple[Path, Columns]:
+@dataclass(frozen=True)
+class Entry:
+    """One data set of a dataset_info.json.
+
+    Attributes:
+        path: its file.
+        info: the dataset_info.json itself.
+        sample_questions: what training asks before and after; a key of ours, which LLaMA-Factory ignores.
+        warning: what the card of a model tuned on it says about its advice, by language (`en`, `zh`); ours too.
+    """
+
+    path: Path
+    info: Path
+    columns: Columns
+    sample_questions: tuple[str, ...] = ()
+    warning: dict[str, str] = field(default_factory=dict)
+
+
+def find_entry(name: str, folders: list[Path], *, required: tuple[str, ...]) -> Entry:
     """Look a data set's name up in each folder's dataset_info.json.
+
+    Args:
+        required: the columns that an entry in the alpaca formatting must name.
 
     Raises:
         FishError: no such name (the nearest is suggested), or an entry that asks for what is not supported.
@@ -51,7 +72,7 @@ def find_entry(name: str, folders: list[Path]) -> tuple[Path, Columns]:
             continue
         info = read_json(info_path)
         if name in info:
-            return _read_entry(folder, name, info[name])
+            return _read_entry(folder, name, info[name], required)
         known += info
     hint = did_you_mean(name, known)
     looked = (
@@ -60,7 +81,7 @@ def find_entry(name: str, folders: list[Path]) -> tuple[Path, Columns]:
     raise FishError(f"--data {name}: there is no such file or folder ({looked}).{hint}")
 
 
-def _read_entry(folder: Path, name: str, entry: Any) -> tuple[Path, Columns]:
+def _read_entry(folder: Path, name: str, entry: Any, required: tuple[str, ...]) -> Entry:
     place = f"{folder / FILE_NAME}: `{name}`"
     if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
         raise FishError(f"{place} has no `file_name`; only data sets in local files are read.")
@@ -76,10 +97,15 @@ def _read_entry(folder: Path, name: str, entry: Any) -> tuple[Path, Columns]:
         raise FishError(f"{place} names a file outside its folder ({entry['file_name']}).")
     if not path.is_file():
         raise FishError(f"{place} names {path}, which does not exist.")
-    return path, _columns(place, entry)
+    questions, warning = entry.get("sample_questions") or [], entry.get("warning") or {}
+    if not isinstance(questions, list) or not all(isinstance(text, str) and text.strip() for text in questions):
+        raise FishError(f"{place}: `sample_questions` should be a list of questions.")
+    if not isinstance(warning, dict) or not all(isinstance(text, str) for text in (*warning, *warning.values())):
+        raise FishError(f'{place}: `warning` should be an object such as {{"en": "…", "zh": "…"}}.')
+    return Entry(path, folder / FILE_NAME, _columns(place, entry, required), tuple(questions), warning)
 
 
-def _columns(place: str, entry: dict[str, Any]) -> Columns:
+def _columns(place: str, entry: dict[str, Any], required: tuple[str, ...]) -> Columns:
     formatting = entry.get("formatting", "alpaca")
     if formatting not in _COLUMN_KEYS:
         raise FishError(f"{place} has formatting {formatting!r}; expected alpaca, sharegpt or openai.")
@@ -90,8 +116,8 @@ def _columns(place: str, entry: dict[str, Any]) -> Columns:
             raise FishError(f"{place} has a column `{key}`, which mlx-fish does not support with {formatting}.{hint}")
     if formatting == "alpaca":
         names = names or {"prompt": "instruction", "query": "input", "response": "output"}
-        if "prompt" not in names or "response" not in names:
-            raise FishError(f"{place} needs the columns `prompt` and `response`.")
+        if any(column not in names for column in required):
+            raise FishError(f"{place} needs the columns {' and '.join(f'`{column}`' for column in required)}.")
         return Columns(**names)
     tags = entry.get("tags") or {}
     openai = formatting == "openai"

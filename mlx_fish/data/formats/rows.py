@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from mlx_fish.data.examples import RowError, Turn
+from mlx_fish.data.examples import RowError, RowKind, Turn
 from mlx_fish.data.formats.dataset_info import Columns
 from mlx_fish.errors import did_you_mean
 
@@ -23,11 +23,21 @@ _SHAPES = {
 }
 
 
-def parse_json(content: bytes) -> Any:
+def decode_text(content: bytes) -> Any:
+    """The text of a file, or the RowError that it is."""
     try:
-        return json.loads(content.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
         return RowError(f"not UTF-8 (byte {error.start + 1}); save the file as UTF-8")
+
+
+def parse_json(content: bytes) -> Any:
+    """The value of a line or a file, or the RowError that it is."""
+    text = decode_text(content)
+    if isinstance(text, RowError):
+        return text
+    try:
+        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
         return RowError(f"not valid JSON: {error.msg} at column {error.colno}")
     except ValueError:  # Python's limit on the digits of a whole number
@@ -51,6 +61,7 @@ def _no_constant(text: str) -> None:
 
 
 def parse_conversation(row: Any, columns: Columns | None) -> tuple[Turn, ...]:
+    """The turns of a conversation: a user's, an assistant's, in turn, after a system turn or none."""
     if not isinstance(row, dict):
         raise RowError(f"a JSON object was expected, not {_kind(row)}")
     columns = columns or _recognise(row)
@@ -71,8 +82,24 @@ def parse_conversation(row: Any, columns: Columns | None) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
+def parse_document(row: Any, columns: Columns | None) -> tuple[Turn, ...]:
+    """One turn, the text of the column `text`."""
+    if not isinstance(row, dict):
+        raise RowError(f"a JSON object was expected, not {_kind(row)}")
+    key = columns.prompt if columns and columns.prompt else "text"
+    if key not in row and any(all(name in row for name in shape) for shape in _SHAPES.values()):
+        raise RowError(f"`{key}` is missing: this is a row of questions and answers, which --stage sft trains on")
+    return (Turn("document", _text(row, key)),)
+
+
+CONVERSATIONS = RowKind(parse_conversation, required=("prompt", "response"))
+DOCUMENTS = RowKind(parse_document, required=("prompt",))
+
+
 def _recognise(row: dict[str, Any]) -> Columns:
     shapes = [shape for shape, needed in _SHAPES.items() if all(key in row for key in needed)]
+    if not shapes and set(row) == {"text"}:
+        raise RowError("`text` alone is a document, without a question and an answer; --stage pt trains on documents")
     if not shapes:
         known = sorted({key for needed in _SHAPES.values() for key in needed})
         for needed in _SHAPES.values():

@@ -4,7 +4,7 @@ A template is a Jinja chat template, ours or the tokenizer's own, rendered by tr
 conversation turn by turn: what a template puts before an answer is the prompt, exactly as `generate` will render it, and
 what it adds for the answer, up to and including the end token, is supervised.
 
-    ### Instruction:\n金鱼为什么浮头？\n\n### Response:\n  缺氧……  <|endoftext|>  \n\n
+    ### Instruction:\n为什么天是蓝的？\n\n### Response:\n  因为……  <|endoftext|>  \n\n
     ^------------------- prompt -------------------^  ^---- supervised ----^  ^ context of a next turn
 """
 
@@ -38,6 +38,7 @@ class Template:
     Attributes:
         name: `chat` for the tokenizer's own, else a name in BUILT_IN.
         jinja: the chat template's text, for `chat_template.jinja`.
+        bos: what the tokenizer puts before every text by itself; empty: nothing.
         end_token, end_token_id: what ends an answer.
     """
 
@@ -48,7 +49,8 @@ class Template:
         self.tokenizer = tokenizer
         built_in = BUILT_IN.get(name)
         self.input_joiner = built_in.input_joiner if built_in else "\n"
-        self.jinja = _bind(built_in.jinja, tokenizer) if built_in else _own_template(tokenizer)
+        self.bos = _bos(tokenizer)
+        self.jinja = _bind(built_in.jinja, tokenizer, self.bos) if built_in else _own_template(tokenizer)
         if built_in:
             self.end_token = built_in.end_token or _eos(tokenizer)
         else:
@@ -75,6 +77,15 @@ class Template:
         for text, _ in self._segments(turns, "the prompt"):
             ids += self._encode(text)
         return ids
+
+    def document_ids(self, text: str, where: str) -> list[int]:
+        """A raw text between the tokenizer's BOS, where it adds one by itself, and the end token.
+
+        Raises:
+            FishError: the text holds a special token.
+        """
+        self._refuse_specials(Turn("document", text), where)
+        return [*self._encode(self.bos), *self._encode(text), self.end_token_id]
 
     def answer_text(self, ids: list[int]) -> str:
         """An answer's text, without a last character of which some bytes are still to come."""
@@ -206,13 +217,17 @@ def choose_template(name: str, tokenizer: Any, folder: ModelFolder) -> Template:
     return Template("alpaca", tokenizer)
 
 
-def _bind(jinja: str, tokenizer: Any) -> str:
+def _bind(jinja: str, tokenizer: Any, bos: str) -> str:
     """Put the tokenizer's own EOS, and BOS where it adds one by itself, into the text as literals."""
-    with_bos = tokenizer.encode("a", add_special_tokens=True)[:1] == [tokenizer.bos_token_id]
-    bos = repr(tokenizer.bos_token) if with_bos and tokenizer.bos_token else "''"
     return jinja.replace("EOS", repr(_eos(tokenizer)) if "EOS" in jinja else "").replace(
-        "{{- BOS -}}", f"{{{{- {bos} -}}}}" if with_bos else ""
+        "{{- BOS -}}", f"{{{{- {bos!r} -}}}}" if bos else ""
     )
+
+
+def _bos(tokenizer: Any) -> str:
+    """The tokenizer's BOS where it adds one by itself, else nothing."""
+    with_bos = tokenizer.encode("a", add_special_tokens=True)[:1] == [tokenizer.bos_token_id]
+    return str(tokenizer.bos_token or "") if with_bos else ""
 
 
 def _eos(tokenizer: Any) -> str:

@@ -31,7 +31,7 @@ from mlx_fish.storage.files import read_json
 
 SMALL = 200_000_000
 """Parameters up to which reading back takes seconds."""
-QUESTIONS = ("金鱼为什么浮头？", "鱼缸多久换一次水？", "What do guppies eat?")
+QUESTIONS = ("今天应该做什么？", "请用一句话介绍你自己。", "What should I do first?")
 _NEEDS = {"transformers": "torch", "peft": "peft", "mlx-lm": "mlx_lm", "llama.cpp": "xllamacpp"}
 _TIMEOUT = 1800
 
