@@ -13,6 +13,7 @@ from mlx_fish.models.folder import ModelFolder
 from mlx_fish.models.hub import find_model
 from mlx_fish.runs.folder import DEFAULT_OUTPUT, find_adapter, read_run
 from mlx_fish.runs.record import check_base
+from mlx_fish.storage.files import path_of
 from mlx_fish.tracking.events import say
 
 
@@ -44,8 +45,8 @@ def adapter_base(adapter: Path, model: str | None) -> ModelFolder:
         return find_model(model)
     base = read_run(adapter).get("base", {})
     path = base.get("path")
-    if isinstance(path, str) and (Path(path) / "config.json").is_file():
-        return ModelFolder(Path(path), base.get("name", path), base.get("revision"))
+    if isinstance(path, str) and (path_of(path) / "config.json").is_file():
+        return ModelFolder(path_of(path), base.get("name", path), base.get("revision"))
     name = load_adapter(adapter).base
     if not name:
         raise FishError(f"{adapter} does not say which model it was trained on; name it with --model.")

@@ -18,6 +18,7 @@ from mlx_fish.planning.job import Job
 from mlx_fish.runs.checkpoint import Checkpoint, checkpoints, damage, find_checkpoint, load_checkpoint
 from mlx_fish.runs.folder import CHECKPOINTS, DEFAULT_OUTPUT, RUN_FILE, read_run
 from mlx_fish.runs.record import data_path
+from mlx_fish.storage.files import path_of
 from mlx_fish.tracking.events import say
 
 NEWEST = "newest"
@@ -133,7 +134,7 @@ def continued(point: Point, settings: dict[str, Any]) -> TrainConfig:
 def recorded_base(point: Point, settings: dict[str, Any]) -> ModelFolder:
     """The base asked for, else the folder that the run used, else the model that it names."""
     base = point.record["base"]
-    path = Path(base["path"])
+    path = path_of(base["path"])
     if settings.get("model") is not None:
         path = find_model(settings["model"]).path
     elif not (path / "config.json").is_file():

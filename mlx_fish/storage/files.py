@@ -20,6 +20,16 @@ def is_path(text: str) -> bool:
     return b"\0" not in name and len(name) < 4096 and max(map(len, name.split(b"/"))) <= 255
 
 
+def path_text(path: Path) -> str:
+    """A path as text for a JSON file, whatever the locale: Python reads names that the locale cannot as lone surrogates."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def path_of(text: str) -> Path:
+    """The path behind `path_text`."""
+    return Path(os.fsdecode(text.encode("utf-8", "surrogatepass")))
+
+
 def is_leftover(name: str) -> bool:
     """Whether a name is one that a killed process leaves while writing (see `write_bytes` and `new_folder`)."""
     return name.startswith(".") and name.endswith((".partial", ".old"))
