@@ -14,7 +14,7 @@ from mlx_fish.errors import FishError
 from mlx_fish.models.folder import copy_tokenizer
 from mlx_fish.planning.job import Job, end_ids, sample_question
 from mlx_fish.runs.folder import RUN_FILE, read_run
-from mlx_fish.storage.files import path_of, path_text, write_json
+from mlx_fish.storage.files import path_of, write_json
 
 
 def adapter_config(job: Job) -> dict[str, Any]:
@@ -47,11 +47,11 @@ def run_record(job: Job, results: dict[str, Any]) -> dict[str, Any]:
         "python": sys.version.split()[0],
         "machine": f"{platform.system()} {platform.machine()}",
         "packages": _versions("numpy", "transformers", "mlx", "mlx-lm", "torch", "peft"),
-        "settings": {name: _text(value) for name, value in dataclasses.asdict(job.config).items()},
+        "settings": dataclasses.asdict(job.config),
         "iters": job.iters,
         "base": {
             "name": job.folder.name,
-            "path": path_text(job.folder.path.resolve()),
+            "path": str(job.folder.path.resolve()),
             "revision": job.folder.revision,
             "fingerprint": job.folder.fingerprint,
             "dtype": job.folder.weights.dtype,
@@ -64,7 +64,7 @@ def run_record(job: Job, results: dict[str, Any]) -> dict[str, Any]:
         },
         "data": {
             "name": job.dataset.name,
-            "path": path_text(job.dataset.path) if job.dataset.path else None,
+            "path": str(job.dataset.path) if job.dataset.path else None,
             "warning": job.dataset.warning,
             "sha256": job.dataset.hashes,
             "tokens_sha256": job.digest,
@@ -83,11 +83,6 @@ def data_path(record: dict[str, Any]) -> Path | None:
     data = record.get("data")
     path = data.get("path") if isinstance(data, dict) else None
     return path_of(path) if isinstance(path, str) else None
-
-
-def _text(value: Any) -> Any:
-    """A setting as JSON can hold it: some are paths, of whatever bytes."""
-    return path_text(Path(value)) if isinstance(value, str) and not value.isascii() else value
 
 
 def shared_system(rows: list[Example]) -> str | None:

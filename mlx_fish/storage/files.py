@@ -20,13 +20,8 @@ def is_path(text: str) -> bool:
     return b"\0" not in name and len(name) < 4096 and max(map(len, name.split(b"/"))) <= 255
 
 
-def path_text(path: Path) -> str:
-    """A path as text for a JSON file, whatever the locale: Python reads names that the locale cannot as lone surrogates."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
 def path_of(text: str) -> Path:
-    """The path behind `path_text`."""
+    """A path that stands in a JSON file of ours, whatever the locale then and now (see `write_text`)."""
     return Path(os.fsdecode(text.encode("utf-8", "surrogatepass")))
 
 
@@ -52,7 +47,14 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_bytes(path, text.encode("utf-8"))
+    """Write UTF-8. A path that the locale could not decode is in Python a text with lone surrogates: its bytes are written as they
+    are when they are UTF-8, else what no UTF-8 file can hold is escaped."""
+    try:
+        content = text.encode("utf-8", "surrogateescape")
+        content.decode("utf-8")
+    except UnicodeError:
+        content = text.encode("utf-8", "backslashreplace")
+    write_bytes(path, content)
 
 
 def write_json(path: Path, value: Any) -> None:
