@@ -69,9 +69,12 @@ def load_dataset(
         FishError: nothing there, or broken rows: up to twenty of them, each with file, line and what was expected.
     """
     name = data or DEFAULT_DATA
-    if not is_path(name):
+    if found_at is not None and found_at.exists() and found_at.name != INFO_FILE:
+        path = found_at
+    elif is_path(name):
+        path = Path(name)
+    else:
         raise FishError(f"--data {name[:40]!r}: a file, a folder or a data set's name was expected.")
-    path = found_at if found_at is not None and found_at.exists() and found_at.name != INFO_FILE else Path(name)
     mistakes = Mistakes()
     splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
     entry = None
