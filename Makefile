@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
+WORKERS ?= 2
 
 .PHONY: help demo test test-unit faults check clean
 
@@ -29,10 +30,10 @@ demo: $(STAMP) ## set up, then the whole main job offline on the built-in tiny m
 	@printf '\nTo use mlx-fish in this shell:\n  source %s/bin/activate\n  mlx-fish train --help\n' '$(VENV)'
 
 test: $(VENV)/.tested ## set up, then every test (MLX_FISH_TEST_MODEL=DIR adds those on real weights)
-	$(BIN)/python -m pytest --each-backend
+	$(BIN)/python -m pytest --each-backend -n $(WORKERS) --dist loadscope
 
 test-unit: $(VENV)/.tested ## the tests that start no process and load no model of size
-	$(BIN)/python -m pytest -m unit
+	$(BIN)/python -m pytest -m unit -n $(WORKERS) --dist loadscope
 
 faults: $(VENV)/.tested ## plant every named fault in a copy; each must turn a test red
 	$(BIN)/python tools/mutate.py

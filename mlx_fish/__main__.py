@@ -1,4 +1,4 @@
-"""`python -m mlx_fish` is `mlx-fish`."""
+"""Run the `mlx-fish` command as `python -m mlx_fish`."""
 
 from mlx_fish.cli import main
 

@@ -1,7 +1,8 @@
-"""Ctrl-C, SIGTERM and a closed terminal: the first asks to stop, a second one ends the process at once.
+"""Stop cleanly on Ctrl-C, SIGTERM or SIGHUP (a closed terminal): the first signal requests a stop, the second one exits.
 
-Python runs a signal's handler only between two of its own instructions, and a step may take seconds inside a framework. So the
-signals are counted by a thread that reads Python's wake-up channel, which is written the moment a signal arrives.
+Python runs signal handlers only between two bytecode instructions, and a training step may spend seconds inside
+a framework. Therefore a separate thread counts the signals: it reads Python's wake-up file descriptor, to which
+Python writes as soon as a signal arrives.
 """
 
 import os
@@ -18,7 +19,11 @@ T = TypeVar("T")
 
 
 class Interrupted(KeyboardInterrupt):
-    """The person or the system asked to stop. `exit_code` is what a shell reports for the signal: 130, 143 or 129."""
+    """A request to stop by the user or the system.
+
+    Attributes:
+        exit_code: the shell's exit code for the signal: 130 (SIGINT), 143 (SIGTERM) or 129 (SIGHUP).
+    """
 
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
@@ -26,7 +31,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Stop:
-    """A wish to stop. It interrupts whatever runs, except inside `deferred`, where the work asks for it at places it chooses."""
+    """A stop request. It interrupts the running code, except inside `deferred`, where the code polls with `check`."""
 
     def __init__(self) -> None:
         self._signum: int | None = None
@@ -34,7 +39,7 @@ class Stop:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """While this lasts a signal only sets the wish."""
+        """Only record signals inside this context; do not raise."""
         self._is_deferred = True
         try:
             yield
@@ -42,12 +47,12 @@ class Stop:
             self._is_deferred = False
 
     def check(self) -> None:
-        """Raise Interrupted if a signal has come."""
+        """Raise Interrupted if a signal has arrived."""
         if self._signum is not None:
             raise Interrupted(self._signum)
 
     def between(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, with a check before each."""
+        """Yield the items, and call `check` before each one."""
         for item in items:
             self.check()
             yield item
@@ -60,9 +65,9 @@ class Stop:
 
 @contextmanager
 def catching() -> Iterator[Stop]:
-    """Turn the signals into the `Stop` that is yielded, and put the earlier handlers back afterwards.
+    """Route the signals to the yielded `Stop`, and restore the previous handlers on exit.
 
-    Outside the main thread, where Python allows no handlers, it never stops anything.
+    Outside the main thread, where Python does not allow signal handlers, the `Stop` never fires.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -70,35 +75,36 @@ def catching() -> Iterator[Stop]:
         return
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    # What was ignored from outside stays ignored: `nohup` works this way.
-    taken = [signum for signum in SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
-    old_handlers = {signum: signal.signal(signum, stop._on_signal) for signum in taken}
-    old_channel = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    watcher = threading.Thread(target=_end_at_the_second, args=(reader,), daemon=True)
+    # Signals that the parent process ignores stay ignored: `nohup` works this way.
+    handled = [signum for signum in SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
+    old_handlers = {signum: signal.signal(signum, stop._on_signal) for signum in handled}
+    old_wakeup_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    watcher = threading.Thread(target=_exit_on_second_signal, args=(reader,), daemon=True)
     watcher.start()
     try:
         yield stop
     finally:
-        signal.set_wakeup_fd(old_channel)
+        signal.set_wakeup_fd(old_wakeup_fd)
         for signum, handler in old_handlers.items():
             signal.signal(signum, handler)
         writer.close()
-        watcher.join()  # it has said what it had to say
+        watcher.join()  # the message about the first signal must be complete
 
 
-def _end_at_the_second(reader: socket.socket) -> None:
-    came = 0
+def _exit_on_second_signal(reader: socket.socket) -> None:
+    """Print a message on the first signal, and exit the process on the second."""
+    num_signals = 0
     with reader:
         while data := reader.recv(1):
             if data[0] not in SIGNALS:
                 continue
-            came += 1
-            if came == 2:
+            num_signals += 1
+            if num_signals == 2:
                 os._exit(128 + data[0])
-            # Not `print`: the main thread may be in the midst of one.
-            _tell(b"\n! stopping; once more to stop at once\n")
+            # Not `print`: the main thread may be inside a `print` call.
+            _write_stderr(b"\n! stopping; press Ctrl-C again to exit immediately\n")
 
 
-def _tell(text: bytes) -> None:
-    with suppress(OSError):  # a closed terminal may be why we are stopping
+def _write_stderr(text: bytes) -> None:
+    with suppress(OSError):  # the reason for the stop may be a closed terminal
         os.write(2, text)

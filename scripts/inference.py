@@ -1,7 +1,7 @@
-"""Ask the tuned model, one question after another; `exit` leaves.
+"""Ask the fine-tuned model questions interactively; `exit` quits.
 
-python scripts/inference.py                # the adapter in finetuned_model/, on the model that it was trained on
-python scripts/inference.py MODEL_FOLDER   # that model alone, for example a fused one
+python scripts/inference.py                # the adapter in finetuned_model/ on its base model
+python scripts/inference.py MODEL_FOLDER   # a model without an adapter, such as a fused one
 """
 
 import sys
@@ -19,29 +19,33 @@ def main() -> None:
     if len(sys.argv) > 2 or sys.argv[1:] in (["-h"], ["--help"]):
         sys.exit(__doc__)
     try:
-        session = plain(sys.argv[1]) if len(sys.argv) == 2 else load_session(model=None, adapter=None, no_adapter=False)
+        session = (
+            base_session(sys.argv[1])
+            if len(sys.argv) == 2
+            else load_session(model=None, adapter=None, no_adapter=False)
+        )
         backend = session.load()
     except FishError as error:
         sys.exit(f"Error: {error}")
-    while (question := ask("Question (or exit): ")) != "exit":
+    while (question := ask("Question (or `exit`): ")) != "exit":
         if not question:
             continue
-        further = ask("Further input (or Enter): ")
-        if further == "exit":
+        context = ask("Additional input (or Enter): ")
+        if context == "exit":
             break
-        for piece in stream(session, backend, turns_of(question, input=further), Sampling(repetition_penalty=1.1)):
+        for piece in stream(session, backend, turns_of(question, input=context), Sampling(repetition_penalty=1.1)):
             print(piece, end="", flush=True)
         print("\n")
 
 
-def plain(model: str) -> Session:
-    """A model without an adapter, in its own template."""
+def base_session(model: str) -> Session:
+    """Return a session without an adapter, with the template that training would choose for the model."""
     folder = find_model(model)
     return Session(folder, None, choose_template("auto", load_tokenizer(folder), folder))
 
 
 def ask(prompt: str) -> str:
-    """A line typed by the person, the prompt on stderr; the end of the input is `exit`."""
+    """Read a line from stdin, with the prompt on stderr; the end of the input counts as `exit`."""
     print(prompt, end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline()
     return line.strip() if line else "exit"

@@ -1,9 +1,9 @@
-"""Fine-tune a model on the fish-care data, in one page.
+"""Fine-tune a model on the fish-care data: a minimal example of the Python interface.
 
     python scripts/simple_finetune.py              # the last converted model, else Qwen/Qwen2-0.5B
     python scripts/simple_finetune.py MODEL_FOLDER
 
-Writes `finetuned_model/`, over an earlier run; ask it with `python scripts/inference.py`.
+Writes `finetuned_model/` and replaces an earlier run there. To ask the model, run `python scripts/inference.py`.
 """
 
 import sys
@@ -18,7 +18,7 @@ def main() -> None:
         sys.exit(__doc__)
     config = TrainConfig(
         model=sys.argv[1] if len(sys.argv) == 2 else None,
-        data="fish_care",  # or a .jsonl file of {"question": …, "answer": …}
+        data="fish_care",  # or a .jsonl file with rows {"question": …, "answer": …}
         iters=10,
         batch_size=4,
         learning_rate=2e-4,

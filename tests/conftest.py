@@ -3,6 +3,9 @@
 import os
 import signal
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # several workers: one thread each, or they wait for each other's
+    os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")
+
 import pytest
 import torch  # noqa: F401  (bound to its own BLAS: with OpenBLAS's threads beside its own it crawls)
 
@@ -49,8 +52,14 @@ def pytest_runtest_makereport(item, call):
     report = yield
     name = getattr(item, "callspec", None) and item.callspec.params.get("backend_name")
     if name and report.when == "call" and report.outcome != "skipped":
-        _ran[name] += 1
+        report.user_properties.append(("backend", name))  # the way to the process that counts, with several workers
     return report
+
+
+def pytest_runtest_logreport(report):
+    for key, name in report.user_properties if report.when == "call" else ():
+        if key == "backend":
+            _ran[name] += 1
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -58,7 +67,8 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def pytest_sessionfinish(session, exitstatus):
-    if session.config.getoption("--each-backend") and not all(_ran.values()) and exitstatus == 0:
+    is_worker = hasattr(session.config, "workerinput")
+    if session.config.getoption("--each-backend") and not is_worker and not all(_ran.values()) and exitstatus == 0:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 

@@ -1,1 +1,1 @@
-"""What is trained: the shape of an adapter, its values, PEFT's format on disk, other trainers' formats, merging into weights."""
+"""LoRA adapters: specification and initial values, file formats, and merging into the base's weights."""

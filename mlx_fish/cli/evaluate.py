@@ -1,4 +1,4 @@
-"""`mlx-fish evaluate`."""
+"""Define `mlx-fish evaluate`: measure the loss on a data set."""
 
 import json
 from pathlib import Path
@@ -10,22 +10,24 @@ from mlx_fish.cli.options import backend_option
 
 @click.command()
 @click.option(
-    "--data", help="A file, a folder, or a data set's name.  [default: what the adapter was trained on, else fish_care]"
+    "--data",
+    help="Data set: a file, a folder, or a name in dataset_info.json.  "
+    "[default: the adapter's training data, else fish_care]",
 )
 @click.option(
     "--split",
     type=click.Choice(["train", "valid", "test", "all"]),
     default="test",
     show_default=True,
-    help="Rows to use.",
+    help="Split to evaluate.",
 )
-@click.option("--model", help="Base model.  [default: the one that the adapter was trained on]")
+@click.option("--model", help="Base model.  [default: the one the adapter was trained on]")
 @click.option(
-    "--adapter", type=click.Path(path_type=Path), help="Adapter folder.  [default: finetuned_model, if it is there]"
+    "--adapter", type=click.Path(path_type=Path), help="Adapter folder.  [default: finetuned_model, if it exists]"
 )
-@click.option("--no-adapter", is_flag=True, help="Evaluate the base model alone.")
+@click.option("--no-adapter", is_flag=True, help="Evaluate only the base model.")
 @backend_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 def evaluate(
     data: str | None,
     split: str,
@@ -35,7 +37,10 @@ def evaluate(
     backend: str,
     as_json: bool,
 ) -> None:
-    """Loss and perplexity over supervised tokens, base beside tuned."""
+    """Measure loss and perplexity of the base and the tuned model.
+
+    Both are computed over the supervised tokens of the rows: with --stage sft, the answers.
+    """
     from mlx_fish.evaluation.loss import evaluate as run
 
     result = run(data=data, split=split, model=model, adapter=adapter, no_adapter=no_adapter, backend=backend)

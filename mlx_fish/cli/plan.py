@@ -1,4 +1,4 @@
-"""`mlx-fish plan`."""
+"""Define `mlx-fish plan`: predict the memory and time of a training run."""
 
 import json
 from pathlib import Path
@@ -16,11 +16,15 @@ from mlx_fish.config import TrainConfig
     "--memory",
     callback=memory_size,
     metavar="SIZE",
-    help="Plan for a machine with so much, such as 16GB.  [default: this one's]",
+    help="Memory of the machine to plan for, such as 16GB.  [default: this machine's memory]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON object.")
 def plan(config_file: Path | None, memory: int | None, as_json: bool, **flags: Any) -> None:
-    """Tell what `train` with the same options would take: memory by part, whether it fits, the time."""
+    """Predict peak memory and time of a training run.
+
+    Accepts the options of `train`, and loads no weights. Shows the peak memory by part, whether the run fits, the
+    largest settings that fit, and an estimate of the time.
+    """
     from mlx_fish.planning import plan as planning
 
     here, mac_minis = planning.plan(TrainConfig(**train_settings(config_file, flags)), memory=memory)

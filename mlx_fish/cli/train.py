@@ -1,4 +1,4 @@
-"""`mlx-fish train`."""
+"""Define `mlx-fish train`: train an adapter, or resume a run."""
 
 from pathlib import Path
 from typing import Any
@@ -11,22 +11,28 @@ from mlx_fish.config import TrainConfig
 
 @click.command()
 @train_options
-@click.option("--dry-run", is_flag=True, help="Check everything, say what would be trained, and write nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Check the settings, the data and the memory, print the plan, and write nothing."
+)
 @click.option(
     "--resume",
     "--resume-from-checkpoint",
     is_flag=False,
     flag_value="newest",
     metavar="[CHECKPOINT]",
-    help="Go on with the run in --output-dir, with its own settings, from its newest whole checkpoint or the one named.",
+    help="Resume the run in --output-dir with its own settings, from its newest valid checkpoint, or from the given one "
+    "(name, step number or path). A higher --iters trains longer.",
 )
-@click.option("--force", is_flag=True, help="Train even what `mlx-fish plan` says cannot fit in memory.")
+@click.option("--force", is_flag=True, help="Train even if the plan says that the run cannot fit in memory.")
 def train(config_file: Path | None, dry_run: bool, resume: str | None, force: bool, **flags: Any) -> None:
-    """Tune a model with LoRA; writes a PEFT adapter."""
+    """Fine-tune a model with LoRA and write a PEFT adapter.
+
+    Ctrl-C finishes the current update and saves a checkpoint; `train --resume` continues from there.
+    """
     settings = train_settings(config_file, flags)
     config = TrainConfig(**settings)
     if resume is not None and config.overwrite:
-        raise click.UsageError("--resume goes on with a run, --overwrite replaces it; give one of the two.")
+        raise click.UsageError("--resume continues a run and --overwrite replaces it; use only one of the two.")
     from mlx_fish.training import train as training
 
     if resume is None:

@@ -1,1 +1,1 @@
-"""From files to batches: examples with their file and line, prompt templates, token ids, batches in a reproducible order."""
+"""Data pipeline: read examples, apply prompt templates, tokenise, and batch in a reproducible order."""

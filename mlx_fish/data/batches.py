@@ -1,10 +1,9 @@
-"""Tokens -> Batch: arrays for a step, in an order that is a function of (seed, epoch). Knows nothing of models.
+"""Lay tokenised rows out as the arrays of one micro-batch, packed or padded. Independent of models.
 
-No row is lost. Rows of like length share an update, so that updates cost about the same and little is padding, while a new
-permutation each epoch changes which rows meet. A batch lies in one of two ways:
+    packed   rows end to end, one sequence of T tokens   A A A A B B C C C C C ·   attention separates the rows
+    padded   a grid of rows, padded to equal length      A A A A · / B B · · · / C C C C C
 
-    packed   rows end to end, one sequence of T tokens     A A A A B B C C C C C ·      attention sees them as rows again
-    padded   a grid of rows, each filled up                A A A A · / B B · · · / C C C C C
+`mlx_fish.data.order` decides which rows share a micro-batch and in which order micro-batches are trained.
 """
 
 from collections.abc import Sequence
@@ -17,18 +16,20 @@ from mlx_fish.data.tokens import Tokens
 
 Int32 = npt.NDArray[np.int32]
 
-# What arrays are filled up to, so that a compiled step meets few shapes. Fillers are never attended to nor labelled.
+# Array sizes are padded to these multiples, so that a compiled step sees few shapes. Padding is never
+# attended to and never supervised.
 LENGTH_MULTIPLE = 8
 LABEL_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the rows lie in a packed sequence.
+    """The layout of R rows, at most W tokens each, in a packed sequence of T positions.
 
     Attributes:
-        grid: (R, W) int32, the flat position of each token of each row, -1 behind its end.
-        slots: (T,) int32, the place in the flattened grid of each flat position, -1 for a filler.
+        grid: (R, W) int32, the index in the packed sequence of each token of each row, -1 for padding.
+        slots: (T,) int32, the index in the flattened grid of each position of the packed sequence, -1 for
+            padding.
     """
 
     grid: Int32
@@ -37,18 +38,18 @@ class Packing:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: rows of input tokens, and N label slots.
+    """One micro-batch: R rows of input tokens, and N labels including padding.
 
     Attributes:
-        inputs: packed (1, T), padded (R, W); int32, filled up on the right.
+        inputs: (1, T) if packed, (R, W) if padded; int32 input token ids, padded on the right.
         positions: (N,) int32, indices into the flattened inputs whose next token is supervised.
-        targets: (N,) int32, that next token.
-        weights: (N,) float32, the share of each label in the loss: 1, and 0 for a slot that only fills the capacity.
-        owners: (N,) int32, the row of the batch (from 0) to which each label belongs; 0 for a filler.
-        num_tokens: real input tokens, fillers excluded.
-        num_supervised: labels.
+        targets: (N,) int32, the id of that next token.
+        weights: (N,) float32, the weight of each label in the loss: 1, or 0 for padding.
+        owners: (N,) int32, the row of the batch (from 0) that each label belongs to; 0 for padding.
+        num_tokens: input tokens, padding excluded.
+        num_supervised: labels, padding excluded.
         rows: `file:line` of each row.
-        packing: None for a padded batch.
+        packing: the layout of a packed batch; None for a padded batch.
     """
 
     inputs: Int32
@@ -63,13 +64,19 @@ class Batch:
 
     @property
     def num_computed(self) -> int:
-        """Input positions computed, fillers included."""
+        """Number of input positions computed, padding included."""
         return int(self.inputs.size)
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """The sizes to which a batch is filled up: flat positions, the longest row, label slots."""
+    """The array sizes that a batch is padded to.
+
+    Attributes:
+        tokens: positions of a packed sequence (T).
+        width: tokens per row of a grid (W).
+        labels: labels (N).
+    """
 
     tokens: int
     width: int
@@ -77,7 +84,7 @@ class Capacity:
 
     @classmethod
     def of(cls, batches: Sequence[Sequence[Tokens]]) -> "Capacity":
-        """What holds each of these."""
+        """Return the smallest capacity, rounded up to the multiples above, that fits each of `batches`."""
         return cls(
             tokens=round_up(max(num_inputs(rows) for rows in batches), LENGTH_MULTIPLE),
             width=round_up(max(len(row.ids) - 1 for rows in batches for row in rows), LENGTH_MULTIPLE),
@@ -86,27 +93,34 @@ class Capacity:
 
 
 def make_batch(rows: Sequence[Tokens], *, packing: bool = False, capacity: Capacity | None = None) -> Batch:
-    """Shift, lay out and gather: position t predicts id t + 1, so a row of T ids has T - 1 inputs."""
+    """Build a micro-batch from tokenised rows.
+
+    Position t predicts id t + 1, so a row of L ids has L - 1 inputs.
+
+    Args:
+        packing: lay the rows end to end in one sequence instead of a padded grid.
+        capacity: the sizes to pad to; None: the smallest that fits the rows.
+    """
     capacity = capacity or Capacity.of([rows])
     lengths = [len(row.ids) - 1 for row in rows]
     shape = (1, capacity.tokens) if packing else (len(rows), capacity.width)
     starts = np.cumsum([0, *lengths[:-1]]) if packing else capacity.width * np.arange(len(rows))
     inputs = np.zeros(shape, np.int32)
     positions, targets, owners = [], [], []
-    for number, (row, start, length) in enumerate(zip(rows, starts, lengths, strict=True)):
+    for index, (row, start, length) in enumerate(zip(rows, starts, lengths, strict=True)):
         inputs.reshape(-1)[start : start + length] = row.ids[:-1]
-        labelled = np.flatnonzero(row.supervised[1:])
-        positions.append(start + labelled)
-        targets.append(row.ids[1:][labelled])
-        owners.append(np.full(len(labelled), number, np.int32))
-    num_supervised = sum(len(target) for target in targets)
-    fill = (0, capacity.labels - num_supervised)
+        row_positions = np.flatnonzero(row.supervised[1:])
+        positions.append(start + row_positions)
+        targets.append(row.ids[1:][row_positions])
+        owners.append(np.full(len(row_positions), index, np.int32))
+    num_supervised = sum(len(row_targets) for row_targets in targets)
+    padding = (0, capacity.labels - num_supervised)
     return Batch(
         inputs=inputs,
-        positions=np.pad(np.concatenate(positions).astype(np.int32), fill),
-        targets=np.pad(np.concatenate(targets).astype(np.int32), fill),
-        weights=np.pad(np.ones(num_supervised, np.float32), fill),
-        owners=np.pad(np.concatenate(owners), fill),
+        positions=np.pad(np.concatenate(positions).astype(np.int32), padding),
+        targets=np.pad(np.concatenate(targets).astype(np.int32), padding),
+        weights=np.pad(np.ones(num_supervised, np.float32), padding),
+        owners=np.pad(np.concatenate(owners), padding),
         num_tokens=sum(lengths),
         num_supervised=num_supervised,
         rows=tuple(row.where for row in rows),
@@ -115,44 +129,48 @@ def make_batch(rows: Sequence[Tokens], *, packing: bool = False, capacity: Capac
 
 
 def check_ids(inputs: Int32, targets: Int32, vocab_size: int) -> None:
-    """
+    """Check that every token id has an embedding.
+
     Raises:
-        ValueError: an id without an embedding, which a loss would clip and a framework might read past its array.
+        ValueError: an id is outside the vocabulary. A loss might clip it silently, and a framework might read
+            out of bounds.
     """
-    ids = [int(extreme) for array in (inputs, targets) for extreme in (array.min(), array.max())]
-    for wrong in (min(ids), max(ids)):
-        if not 0 <= wrong < vocab_size:
-            raise ValueError(f"id {wrong} is outside the vocabulary of {vocab_size}")
+    extremes = [int(extreme) for array in (inputs, targets) for extreme in (array.min(), array.max())]
+    for token_id in (min(extremes), max(extremes)):
+        if not 0 <= token_id < vocab_size:
+            raise ValueError(f"id {token_id} is outside the vocabulary of {vocab_size}")
 
 
 def _packing(lengths: Sequence[int], capacity: Capacity) -> Packing:
     grid = np.full((len(lengths), capacity.width), -1, np.int32)
-    inside = np.arange(capacity.width) < np.array(lengths)[:, None]
-    grid[inside] = np.arange(sum(lengths))
+    is_token = np.arange(capacity.width) < np.array(lengths)[:, None]  # (R, W)
+    grid[is_token] = np.arange(sum(lengths))
     slots = np.full(capacity.tokens, -1, np.int32)
-    slots[: sum(lengths)] = np.flatnonzero(inside)
+    slots[: sum(lengths)] = np.flatnonzero(is_token)
     return Packing(grid, slots)
 
 
-EVALUATION_TOKENS = 1024  # laid end to end in one evaluation batch: fewer feed a processor badly, more only take memory
+EVALUATION_TOKENS = 1024  # tokens per evaluation batch: fewer underuse the processor, more only use memory
 
 
 def evaluation_rows(rows: Sequence[Tokens]) -> list[list[Tokens]]:
-    """The rows of each evaluation batch: every row once, sorted by length, always the same."""
+    """Group rows into evaluation batches: every row once, sorted by length, deterministic."""
     batches: list[list[Tokens]] = []
-    filled = 0
+    num_tokens = 0
     for row in sorted(rows, key=lambda row: len(row.ids)):
-        filled += len(row.ids) - 1
-        if not batches or filled > EVALUATION_TOKENS:
+        num_tokens += len(row.ids) - 1
+        if not batches or num_tokens > EVALUATION_TOKENS:
             batches.append([])
-            filled = len(row.ids) - 1
+            num_tokens = len(row.ids) - 1
         batches[-1].append(row)
     return batches
 
 
 def num_inputs(rows: Sequence[Tokens]) -> int:
+    """Return the number of input tokens of `rows`: every id except the last of each row."""
     return sum(len(row.ids) - 1 for row in rows)
 
 
 def round_up(number: int, multiple: int) -> int:
+    """Return the smallest multiple of `multiple` that is at least `number`."""
     return -(-number // multiple) * multiple

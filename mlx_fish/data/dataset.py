@@ -1,8 +1,9 @@
-"""Files -> Examples, each with its file and line. Knows nothing of tokens or templates.
+"""Load a data set: read files into examples and split them into train, valid and test.
 
-Row shapes read: `question/answer(/input)`, `instruction/input/output` (with `system` and `history`), `prompt/completion`,
-`messages` (role/content), `conversations` (from/value), and for documents `text`. A mistake is named by file and line, all of them at once,
-before any framework is imported.
+Independent of tokenizers and templates. Supported row formats: `question/answer(/input)`,
+`instruction/input/output` (with `system` and `history`), `prompt/completion`, `messages` (role/content),
+`conversations` (from/value), and `text` for documents. All invalid rows are reported together, with file and
+line, before any framework is imported.
 """
 
 import hashlib
@@ -22,20 +23,22 @@ from mlx_fish.storage.files import is_path
 SPLITS = ("train", "valid", "test")
 DEFAULT_DATA = "fish_care"
 MAX_LINE_BYTES = 4 << 20
-MAX_ARRAY_BYTES = 256 << 20  # a .json file is parsed whole
+MAX_ARRAY_BYTES = 256 << 20  # a .json or .txt file is read into memory at once
 _BOM = b"\xef\xbb\xbf"
 BUILT_IN = Path(__file__).parent / "sets"
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """What `--data` named.
+    """A loaded data set.
 
     Attributes:
-        splits: its examples by split.
+        name: the argument of `--data`, or the folder's path.
+        splits: split name -> examples.
         hashes: file name -> sha256 of each file read.
-        skipped: the broken rows that were left out.
-        path: where it was found: its file, its folder, or the dataset_info.json that knows its name; None for a built-in one.
+        skipped: the invalid rows that were skipped.
+        path: its file, its folder, or the dataset_info.json that defines its name; None for a built-in data
+            set.
         sample_questions, warning: see `dataset_info.Entry`.
     """
 
@@ -55,18 +58,21 @@ def load_dataset(
     skip_bad_rows: bool = False,
     found_at: Path | None = None,
 ) -> Dataset:
-    """Read `--data`: a .jsonl, .json or .txt file, a folder, or a name in dataset_info.json.
+    """Load a data set from a .jsonl, .json or .txt file, a folder, or a name in dataset_info.json.
 
-    A single file is split by content (`split_of`), and so is a folder of .txt files; a folder's train, valid and test files are
-    taken as they are.
+    A single file and a folder of .txt files are split by content (`split_of`). The train, valid and test
+    files of a folder are used without further splitting.
 
     Args:
-        kind: what its rows are.
-        skip_bad_rows: leave broken rows out (`Dataset.skipped` counts them) instead of refusing the data set.
-        found_at: `Dataset.path` of an earlier reading, which is looked at first: a run may go on from another folder.
+        data: the argument of `--data`; None: `DEFAULT_DATA`.
+        kind: conversations or documents.
+        skip_bad_rows: skip invalid rows and collect them in `Dataset.skipped`, instead of raising an error.
+        found_at: `Dataset.path` from an earlier load. It is tried first, because a run may be resumed from
+            another working directory.
 
     Raises:
-        FishError: nothing there, or broken rows: up to twenty of them, each with file, line and what was expected.
+        FishError: the data set does not exist, is empty, or has invalid rows. The message lists up to twenty
+            rows, each with file, line and what was expected.
     """
     name = data or DEFAULT_DATA
     if found_at is not None and found_at.exists() and found_at.name != INFO_FILE:
@@ -74,7 +80,7 @@ def load_dataset(
     elif is_path(name):
         path = Path(name)
     else:
-        raise FishError(f"--data {name[:40]!r}: a file, a folder or a data set's name was expected.")
+        raise FishError(f"--data {name[:40]!r}: a file, a folder or the name of a data set was expected.")
     mistakes = Mistakes()
     splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
     entry = None
@@ -82,15 +88,15 @@ def load_dataset(
         hashes = _load_folder(path, splits, mistakes, kind)
     else:
         if not path.is_file():
-            known = [found_at.parent] if found_at is not None and found_at.name == INFO_FILE else []
-            entry = find_entry(name, [*known, Path("data"), *_built_in_folders()], required=kind.required)
+            recorded_folders = [found_at.parent] if found_at is not None and found_at.name == INFO_FILE else []
+            entry = find_entry(name, [*recorded_folders, Path("data"), *_built_in_folders()], required=kind.required)
             path = entry.path
-        hashes = _split_file(path, entry.columns if entry else None, splits, mistakes, kind)
+        hashes = _load_file(path, entry.columns if entry else None, splits, mistakes, kind)
     if not skip_bad_rows:
         mistakes.refuse()
     if not any(splits.values()):
         raise FishError(
-            f"{path} holds no {'usable ' if mistakes.count else ''}rows; one JSON object a line was expected, "
+            f"{path} contains no {'usable ' if mistakes.count else ''}rows; one JSON object per line was expected, "
             'such as {"question": "…", "answer": "…"}.'
         )
     return Dataset(
@@ -98,66 +104,67 @@ def load_dataset(
         splits,
         hashes,
         mistakes,
-        path=_absolute(entry.info if entry else path),
+        path=_recorded_path(entry.info if entry else path),
         sample_questions=entry.sample_questions if entry else (),
         warning=entry.warning if entry else {},
     )
 
 
-def _absolute(path: Path) -> Path | None:
-    """None for what ships with the package, which another installation has in another place."""
+def _recorded_path(path: Path) -> Path | None:
+    """Return the absolute path, or None for built-in data, whose location differs between installations."""
     path = path.resolve()
     return None if path.parent in [folder.resolve() for folder in _built_in_folders()] else path
 
 
 def _built_in_folders() -> list[Path]:
-    """The data that ships with the package: inside it when installed, beside it in a checkout."""
+    """Return the folders with built-in data: inside an installed package, or next to it in a checkout."""
     return [BUILT_IN, Path(__file__).parents[2] / "data"]
 
 
 def _load_folder(folder: Path, splits: dict[str, list[Example]], mistakes: Mistakes, kind: RowKind) -> dict[str, str]:
-    """Fill the splits from the folder's files; returns the files' sha256."""
+    """Add the examples of a folder to `splits`, and return file name -> sha256."""
     hashes = {}
     for split in SPLITS:
         for path in (folder / f"{split}.jsonl", folder / f"{split}.json"):
             if path.is_file():
-                splits[split], hashes[path.name] = _read(path, None, mistakes, kind)
+                splits[split], hashes[path.name] = _read_examples(path, None, mistakes, kind)
     if not hashes:
         for path in sorted(folder.glob("*.txt")):
-            hashes |= _split_file(path, None, splits, mistakes, kind)
+            hashes |= _load_file(path, None, splits, mistakes, kind)
     if not any(name.startswith(("train.", "test.")) or name.endswith(".txt") for name in hashes):
         raise FishError(
-            f"{folder} has no train.jsonl; name a file, or put train.jsonl (and valid, test) into the folder."
+            f"{folder} has no train.jsonl; pass a file, or put train.jsonl (optionally valid and test) into the folder."
         )
     return hashes
 
 
-def _split_file(
+def _load_file(
     path: Path, columns: Columns | None, splits: dict[str, list[Example]], mistakes: Mistakes, kind: RowKind
 ) -> dict[str, str]:
-    """Fill the splits from one file, by content; returns its sha256 by its name."""
-    examples, digest = _read(path, columns, mistakes, kind)
+    """Add the examples of one file to `splits`, split by content, and return file name -> sha256."""
+    examples, digest = _read_examples(path, columns, mistakes, kind)
     for example in examples:
         splits[split_of(example)].append(example)
     return {path.name: digest}
 
 
 def split_of(example: Example) -> str:
-    """`train` (80 %), `valid` (10 %) or `test` (10 %), by a hash of the row's content.
+    """Assign an example to `train` (80 %), `valid` (10 %) or `test` (10 %) by a hash of its content.
 
-    Not by its position: adding, removing or sorting rows never moves another row across, and equal rows stay together.
+    The split does not depend on the row's position: adding, removing or sorting rows never moves another row
+    to a different split, and identical rows are always in the same split.
     """
     content = "\x1f".join(f"{turn.role}\x1e{turn.content}\x1e{turn.input}" for turn in example.turns)
     digest = hashlib.sha256(unicodedata.normalize("NFC", content).encode()).digest()
-    place = int.from_bytes(digest[:8], "big") % 100
-    return "train" if place < 80 else "valid" if place < 90 else "test"
+    percentile = int.from_bytes(digest[:8], "big") % 100
+    return "train" if percentile < 80 else "valid" if percentile < 90 else "test"
 
 
-def _read(path: Path, columns: Columns | None, mistakes: Mistakes, kind: RowKind) -> tuple[list[Example], str]:
-    """The good rows of one file and its sha256; the broken ones go to `mistakes`."""
+def _read_examples(path: Path, columns: Columns | None, mistakes: Mistakes, kind: RowKind) -> tuple[list[Example], str]:
+    """Return the valid examples of one file and its sha256, and add the errors of invalid rows to `mistakes`."""
     digest = hashlib.sha256()
     examples: list[Example] = []
-    for where, row in _rows(path, digest):
+    for where, row in _read_rows(path, digest):
         try:
             if isinstance(row, RowError):
                 raise row
@@ -167,18 +174,21 @@ def _read(path: Path, columns: Columns | None, mistakes: Mistakes, kind: RowKind
     return examples, digest.hexdigest()
 
 
-def _rows(path: Path, digest: Any) -> Iterator[tuple[str, Any]]:
-    """(file:line, the parsed row or the RowError it is). A .json file holds one array; its rows are counted from 1. A .txt file is
-    one row, its text."""
+def _read_rows(path: Path, digest: Any) -> Iterator[tuple[str, Any]]:
+    """Yield (location, parsed row or RowError) for each row of a file, and update `digest` with the bytes read.
+
+    A .jsonl file has one row per line. A .json file is one array, whose rows are numbered from 1. A .txt file
+    is a single row with its text.
+    """
     try:
         if path.suffix == ".txt":
-            content = _whole(path)
+            content = _read_bytes(path)
             digest.update(content)
             text = decode_text(content.removeprefix(_BOM))
             yield str(path), text if isinstance(text, RowError) else {"text": text}
             return
         if path.suffix == ".json":
-            content = _whole(path)
+            content = _read_bytes(path)
             digest.update(content)
             rows = parse_json(content.removeprefix(_BOM))
             if isinstance(rows, RowError):
@@ -186,7 +196,7 @@ def _rows(path: Path, digest: Any) -> Iterator[tuple[str, Any]]:
             elif not isinstance(rows, list):
                 yield (
                     str(path),
-                    RowError("an array of objects was expected in a .json file (one object a line: name it .jsonl)"),
+                    RowError("an array of objects was expected in a .json file (use .jsonl for one object per line)"),
                 )
             else:
                 yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
@@ -200,9 +210,9 @@ def _rows(path: Path, digest: Any) -> Iterator[tuple[str, Any]]:
                 if len(line) > MAX_LINE_BYTES:
                     yield (
                         where,
-                        RowError(f"the line is longer than {MAX_LINE_BYTES >> 20} MB; one row a line was expected"),
+                        RowError(f"the line is longer than {MAX_LINE_BYTES >> 20} MB; one row per line was expected"),
                     )
-                    while line and not line.endswith(b"\n"):  # to the line's end, without ever holding it
+                    while line and not line.endswith(b"\n"):  # skip to the end of the line without holding all of it
                         line = file.readline(MAX_LINE_BYTES)
                         digest.update(line)
                     continue
@@ -214,8 +224,10 @@ def _rows(path: Path, digest: Any) -> Iterator[tuple[str, Any]]:
         raise FishError(f"cannot read {path}: {error.strerror or error}.") from error
 
 
-def _whole(path: Path) -> bytes:
-    """A file that is parsed whole."""
+def _read_bytes(path: Path) -> bytes:
+    """Return the content of a file of at most `MAX_ARRAY_BYTES`."""
     if path.stat().st_size > MAX_ARRAY_BYTES:
-        raise FishError(f"{path} is larger than {MAX_ARRAY_BYTES >> 20} MB; write one object a line (.jsonl).")
+        raise FishError(
+            f"{path} is larger than {MAX_ARRAY_BYTES >> 20} MB; use a .jsonl file with one object per line."
+        )
     return path.read_bytes()

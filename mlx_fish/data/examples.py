@@ -1,4 +1,4 @@
-"""One example of a data set: a conversation or a document, with the file and line that it came from."""
+"""Data set examples (conversations or documents) with their file and line, and the errors of invalid rows."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,12 +8,17 @@ from mlx_fish.data.formats.dataset_info import Columns
 from mlx_fish.errors import FishError
 
 MAX_REPORTED = 20
-_LONGEST_MISTAKE = 600
+_MAX_MISTAKE_LENGTH = 600  # characters
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of a conversation. `input` is a user turn's further material, kept apart since templates differ on it."""
+    """One turn of a conversation.
+
+    Attributes:
+        role: system, user or assistant; `document` for a document.
+        input: additional input of a user turn, kept separate because templates format it differently.
+    """
 
     role: str
     content: str
@@ -22,23 +27,28 @@ class Turn:
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation that ends with an answer, or one turn that is a document. `where` is `file:line`."""
+    """A conversation that ends with an assistant turn, or a document as a single turn.
+
+    Attributes:
+        where: `file:line` of the row.
+    """
 
     turns: tuple[Turn, ...]
     where: str
 
 
 class RowError(Exception):
-    """What is wrong with one row, without its place."""
+    """An invalid row. The message does not include its file and line."""
 
 
 @dataclass(frozen=True)
 class RowKind:
-    """What a row of a data set is.
+    """The kind of rows a data set contains: conversations or documents.
 
     Attributes:
-        parse: a parsed JSON value, and how its columns are called (None: recognise them) -> its turns. Raises RowError.
-        required: the columns that an entry of dataset_info.json must name.
+        parse: converts a parsed JSON value into turns, given its column names (None: infer them). Raises
+            RowError.
+        required: the columns that an alpaca entry in dataset_info.json must name.
     """
 
     parse: Callable[[Any, Columns | None], tuple[Turn, ...]]
@@ -47,20 +57,26 @@ class RowKind:
 
 @dataclass
 class Mistakes:
-    """Broken rows: how many, and the first `MAX_REPORTED` of them as `file:line: what, what was expected`."""
+    """Collected errors of invalid rows.
+
+    Attributes:
+        count: the number of errors.
+        first: the first `MAX_REPORTED` of them, each as `file:line: what is wrong; what was expected`.
+    """
 
     count: int = 0
     first: list[str] = field(default_factory=list)
 
     def add(self, mistake: str) -> None:
+        """Count an error, and keep its message if it is among the first `MAX_REPORTED`."""
         self.count += 1
         if self.count <= MAX_REPORTED:
-            # A stranger's field names may hold line ends, or what would steer the terminal.
-            shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in mistake)
-            self.first.append(shown if len(shown) <= _LONGEST_MISTAKE else shown[:_LONGEST_MISTAKE] + "…")
+            # Field names in untrusted data may contain newlines or terminal escape sequences.
+            escaped = "".join(c if c.isprintable() else repr(c)[1:-1] for c in mistake)
+            self.first.append(escaped if len(escaped) <= _MAX_MISTAKE_LENGTH else escaped[:_MAX_MISTAKE_LENGTH] + "…")
 
     def refuse(self) -> None:
-        """Raise a FishError that tells them together, if there are any."""
+        """Raise one FishError that lists the collected errors, if there are any."""
         if self.count:
             more = [f"… and {self.count - MAX_REPORTED} more"] if self.count > MAX_REPORTED else []
             raise FishError("\n".join(self.first + more))

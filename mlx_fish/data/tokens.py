@@ -1,4 +1,4 @@
-"""A tokenised row: ids, and which of them are labels. Knows nothing of text."""
+"""A tokenised row: token ids and a mask of the supervised ones. Independent of text and tokenizers."""
 
 from dataclasses import dataclass
 
@@ -8,13 +8,13 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class Tokens:
-    """A tokenised conversation.
+    """A tokenised row, T tokens long.
 
     Attributes:
-        ids: (T,) int32.
-        supervised: (T,) bool, True where the id is learnt: every answer and its end token.
+        ids: (T,) int32, token ids.
+        supervised: (T,) bool, True for tokens that contribute to the loss: every answer and its end token.
         where: `file:line` of the row.
-        cut: the row was longer than the limit; its last answer has no end token here.
+        cut: whether the row was truncated to the length limit; its last answer then has no end token.
     """
 
     ids: npt.NDArray[np.int32]
@@ -24,5 +24,5 @@ class Tokens:
 
     @property
     def num_supervised(self) -> int:
-        """Supervised tokens that some token predicts (the first id has no predecessor)."""
+        """Number of labels: supervised tokens except the first id, which no token predicts."""
         return int(self.supervised[1:].sum())

@@ -1,1 +1,1 @@
-"""Measure a model on a data set."""
+"""Evaluate a model on a data set: loss and perplexity."""

@@ -1,4 +1,4 @@
-"""`mlx-fish evaluate`: the loss over supervised tokens, the base's beside the tuned model's."""
+"""Evaluate the loss over supervised tokens, for the base and for the tuned model (`mlx-fish evaluate`)."""
 
 import math
 from collections.abc import Iterable
@@ -21,17 +21,27 @@ from mlx_fish.tracking.events import say
 
 
 def mean_loss(backend: Backend, batches: Iterable[Batch]) -> float:
-    """Mean loss over all supervised tokens of the batches: a sum divided once, never a mean of means."""
-    loss, tokens = 0.0, 0
+    """Return the mean loss over all supervised tokens of the batches, in nats for cross-entropy.
+
+    The summed loss is divided once by the number of tokens: a mean of per-batch means would weight tokens unequally.
+    """
+    loss_sum, num_tokens = 0.0, 0
     for batch in batches:
-        loss += backend.evaluate(batch)
-        tokens += batch.num_supervised
-    return loss / tokens
+        loss_sum += backend.evaluate(batch)
+        num_tokens += batch.num_supervised
+    return loss_sum / num_tokens
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`loss` in nats a supervised token, weighted by tokens; `base` is the same without the adapter, None when there is none."""
+    """The result of an evaluation.
+
+    Attributes:
+        loss: mean loss, nats per supervised token.
+        supervised_tokens: number of tokens in the mean.
+        rows: number of evaluated rows.
+        base: the result of the base without the adapter; None if there is no adapter.
+    """
 
     loss: float
     supervised_tokens: int
@@ -40,12 +50,14 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
+        """exp(loss), with the loss capped at 700 to avoid overflow."""
         return math.exp(min(self.loss, 700.0))
 
     def as_json(self) -> dict[str, Any]:
-        return {**self._figures(), "base": self.base._figures() if self.base else None}
+        """Return the result as a JSON-serialisable object."""
+        return {**self._metrics(), "base": self.base._metrics() if self.base else None}
 
-    def _figures(self) -> dict[str, float]:
+    def _metrics(self) -> dict[str, float]:
         return {
             "loss": self.loss,
             "perplexity": self.perplexity,
@@ -63,19 +75,21 @@ def evaluate(
     no_adapter: bool,
     backend: str = "auto",
 ) -> Evaluation:
-    """Evaluate one split of a data set (default: test) as the adapter's run was validated: same rows, same length limit.
+    """Evaluate a split of a data set, with the objective, template and maximum length of the adapter's training run.
 
     Args:
-        data: None: what the run was trained on, else the fish data.
+        data: data set; None: the training data of the run, or the fish data if there is no run.
+        split: `train`, `valid`, `test` or `all`; None: `test`.
+        model, adapter, no_adapter, backend: see `load_session`.
 
     Raises:
-        FishError: the split is unknown or has no rows.
+        FishError: the split is unknown or has no rows, or rows are broken.
     """
     split = split or "test"
     if split not in (*SPLITS, "all"):
         raise FishError(f"--split {split}: expected one of {', '.join(SPLITS)}, all.")
-    place = find_adapter(adapter)
-    run = read_run(place) if place else {}
+    adapter_path = find_adapter(adapter)
+    run = read_run(adapter_path) if adapter_path else {}
     settings = asdict(TrainConfig()) | run.get("settings", {})
     objective = OBJECTIVES[settings["stage"]]
     dataset = load_dataset(

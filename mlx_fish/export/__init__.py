@@ -1,1 +1,1 @@
-"""Write a tuned model for other programs: merge adapter and base, one target format a file, and check the result."""
+"""Export a tuned model: merge adapter and base, write each target format, and verify the result."""

@@ -1,6 +1,7 @@
-"""The base's weights as plain float32 tensors, also of a base that MLX quantised: its original's, or its own expanded.
+"""Read the base model's weights as plain float32 tensors, also if MLX quantised the base.
 
-Expanding needs MLX; everything else is NumPy.
+For a quantised base, the values come from the original model if it is still on this machine, else they are
+dequantised. Only dequantising needs MLX; everything else is NumPy.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,14 +20,16 @@ from mlx_fish.storage.tensors import NAMES, Float32
 
 @dataclass(frozen=True)
 class PlainBase:
-    """The base as plain float tensors, wherever they come from.
+    """The base model as unquantised tensors, independent of how they are stored.
 
     Attributes:
-        shapes: name -> shape in file order, without a tied head's second copy and without scales and biases.
-        read: name -> float32 copy.
-        dtype: the float type that most weights have; bfloat16 when they had to be expanded.
-        expanded: the values are those of a quantised folder.
-        original: they are those of the model that the quantised folder was made from.
+        path: the model folder or GGUF file that the values come from.
+        dtype: the dtype of most weights; bfloat16 if they were dequantised.
+        shapes: tensor name -> shape, in file order, without a tied head's second copy and without scales and
+            biases.
+        read: tensor name -> float32 copy.
+        expanded: the values were dequantised from a quantised folder.
+        original: the values are from the model that the quantised folder was made from.
     """
 
     path: Path
@@ -39,16 +42,19 @@ class PlainBase:
 
 
 def plain_base(base: ModelFolder) -> PlainBase:
-    """The base's values: its own, or those of its original when it is quantised and that is still on this machine.
+    """Return the base's unquantised tensors, from the original model if the base is quantised.
 
-    Raises FishError for a tensor whose values cannot be had in float32.
+    If the original is not on this machine, the base is dequantised.
+
+    Raises:
+        FishError: a tensor cannot be read as float32.
     """
     if base.quantization is None:
-        return _of_folder(base)
-    return find_original(base) or _of_folder(base)
+        return _from_folder(base)
+    return find_original(base) or _from_folder(base)
 
 
-def _of_folder(folder: ModelFolder) -> PlainBase:
+def _from_folder(folder: ModelFolder) -> PlainBase:
     values = _FolderValues(folder)
     config = {**folder.config, "tie_word_embeddings": is_tied(folder)}
     expanded = folder.quantization is not None
@@ -57,7 +63,7 @@ def _of_folder(folder: ModelFolder) -> PlainBase:
 
 
 class _FolderValues:
-    """The tensors of a plain model behind a folder that may be quantised."""
+    """The unquantised tensors of a model folder that may be quantised."""
 
     def __init__(self, folder: ModelFolder):
         self.folder = folder
@@ -67,7 +73,7 @@ class _FolderValues:
         for name in folder.weights:
             module, _, kind = name.rpartition(".")
             if (tied and module == "lm_head") or name.endswith("rotary_emb.inv_freq"):
-                continue  # every reader has the one from the embedding, the other from the config
+                continue  # every reader derives the head from the embedding, and inv_freq from the config
             if not self._is_packed(module):
                 self.shapes[name] = self._plain_shape(name)
             elif kind == "weight":
@@ -77,7 +83,7 @@ class _FolderValues:
                 self.shapes[name] = self._plain_shape(name)
 
     def read(self, name: str) -> Float32:
-        """A float32 copy, expanded when it is quantised."""
+        """Return a float32 copy of a tensor, dequantised if necessary."""
         weights = self.folder.weights
         module, _, kind = name.rpartition(".")
         if kind != "weight" or not self._is_packed(module):
@@ -95,15 +101,15 @@ class _FolderValues:
             return
         if settings.get("mode", "affine") != "affine":
             raise FishError(
-                f"{self.folder.name} is quantised in the mode {settings['mode']}, and mlx-fish expands only affine; "
-                "give the original model with --model."
+                f"{self.folder.name} uses the quantisation mode {settings['mode']}, but mlx-fish can dequantise only affine; "
+                "pass the original model with --model."
             )
         try:
             import mlx_fish.backends.mlx.dequantize  # noqa: F401
         except ImportError as error:
             raise FishError(
-                f"{self.folder.name} was quantised by MLX, which is needed to expand it and is not installed; "
-                "give the original model with --model."
+                f"{self.folder.name} was quantised by MLX, and MLX is not installed to dequantise it; "
+                "install it, or pass the original model with --model."
             ) from error
 
     def _is_packed(self, module: str) -> bool:
@@ -114,43 +120,43 @@ class _FolderValues:
         info = self.folder.weights[name]
         if info.dtype not in NAMES:
             raise FishError(
-                f"{self.folder.name} stores {name} as {info.dtype}, which cannot be merged; give a model in float32, "
+                f"{self.folder.name} stores {name} as {info.dtype}, which cannot be merged; pass a model in float32, "
                 "float16 or bfloat16 with --model."
             )
         return info.shape
 
 
 def is_tied(folder: ModelFolder) -> bool:
-    """The head is the embedding. Where the config does not say, a model without a head of its own is tied."""
+    """Return whether the head shares the embedding matrix; if the config omits this, a missing head implies it."""
     return bool(folder.config.get("tie_word_embeddings", "lm_head.weight" not in folder.weights))
 
 
 def find_original(base: ModelFolder) -> PlainBase | None:
-    """The unquantised model that a quantised folder was converted from, when it is still on this machine.
+    """Return the model that a quantised folder was converted from; None if it is not on this machine.
 
-    A folder, a GGUF file, or a Hub model in the local cache; nothing is fetched. Only one with the recorded fingerprint
-    will do: another model may lie there by now.
+    The original is a folder, a GGUF file, or a Hub model in the local cache; nothing is downloaded. Its
+    fingerprint must match the recorded one, because the path may hold another model by now.
     """
     name = base.record.get("source")
     if not isinstance(name, str):
         return None
-    path = _cached(name, base.revision) if is_hub_id(name) else Path(name)
+    path = _cached_folder(name, base.revision) if is_hub_id(name) else Path(name)
     try:
         if path is not None and path.suffix == ".gguf" and path.is_file():
             source = open_source(str(path))
-            found = PlainBase(path, source.config, source.dtype, source.shapes, source.read, original=True)
-            return found if source.fingerprint == base.fingerprint else None
+            original = PlainBase(path, source.config, source.dtype, source.shapes, source.read, original=True)
+            return original if source.fingerprint == base.fingerprint else None
         if path is None or not (path / "config.json").is_file():
             return None
         folder = ModelFolder(path, base.name, base.revision)
-        same = folder.quantization is None and folder.fingerprint == base.fingerprint
-        return replace(_of_folder(folder), original=True) if same else None
-    except FishError:  # broken or half deleted since: no original to use
+        matches = folder.quantization is None and folder.fingerprint == base.fingerprint
+        return replace(_from_folder(folder), original=True) if matches else None
+    except FishError:  # damaged or partly deleted since the conversion
         return None
 
 
-def _cached(name: str, revision: str | None) -> Path | None:
-    """A Hub model that lies in the local cache."""
+def _cached_folder(name: str, revision: str | None) -> Path | None:
+    """Return the folder of a Hub model in the local cache; None if it is not cached."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

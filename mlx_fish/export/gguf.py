@@ -1,8 +1,8 @@
-"""A merged model -> one GGUF file that llama.cpp and Ollama read: weights, tokenizer and chat template.
+"""Write a merged model as a GGUF file for llama.cpp and Ollama: weights, tokenizer and chat template.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, written by the `gguf` package. llama.cpp's
-conventions: dimensions reversed; for llama, the rows of q and k in its rotary order (`to_rotary_pairs`), for qwen2 not.
-Knows nothing about LoRA.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, written with the `gguf` package. It
+follows llama.cpp's conventions: dimensions are reversed, and for llama (not for qwen2) the rows of q and k
+are in llama.cpp's rotary order (`to_rotary_pairs`). Independent of LoRA.
 """
 
 from collections.abc import Mapping
@@ -25,13 +25,17 @@ _ROPE_FREQUENCIES = "rope_freqs.weight"
 
 
 class GgufWriter:
-    """Takes a model's tensors in the order of `model.shapes`; see `mlx_fish.export.writer.Writer`.
-
-    Raises:
-        FishError: an architecture, a feature or a tokenizer that has no place in GGUF as it is known here.
-    """
+    """Writer of one GGUF file. Implements `mlx_fish.export.writer.Writer`."""
 
     def __init__(self, path: Path, model: MergedModel, *, file_type: str):
+        """Write everything but the weights.
+
+        Args:
+            file_type: a key of `gguf_types.GGUF_TYPES`.
+
+        Raises:
+            FishError: the exporter does not support this architecture, a feature of it, or the tokenizer.
+        """
         self.dtype = file_type
         self.model = model
         self._heads = rotary_heads(model.config)
@@ -41,19 +45,24 @@ class GgufWriter:
         self._writer = self._begin(path)
 
     def put(self, name: str, array: Float32) -> int:
-        """Write the next tensor; returns the bytes it takes."""
+        """Write the next tensor, float32, and return its stored size in bytes.
+
+        Raises:
+            FishError: a value is too large for float16.
+        """
         assert array.shape == self.model.shapes[name], (name, array.shape)
-        return self._write(encoded(self._ordered(name, array), self._types[name], name))
+        return self._write(encoded(self._reordered(name, array), self._types[name], name))
 
     def as_read(self, name: str, array: Float32) -> Float32:
-        """What a reader finds in place of `array`, some rows of a tensor."""
+        """Return `array`, some complete rows of a tensor, as a reader sees it: float32, same shape."""
         return as_read(array, self._types[name], name)
 
     def close(self) -> None:
+        """Close the file."""
         self._writer.close()
 
     def _write(self, pieces: Any) -> int:
-        """In pieces: the package's own `write_tensor_data` wants the whole tensor."""
+        """Write a tensor piece by piece; `write_tensor_data` would need the complete tensor in memory."""
         file = self._writer.fout[0]
         start = file.tell()
         for piece in pieces:
@@ -62,7 +71,8 @@ class GgufWriter:
         self._writer.write_padding(file, written)
         return written
 
-    def _ordered(self, name: str, array: Float32) -> Float32:
+    def _reordered(self, name: str, array: Float32) -> Float32:
+        """Return the tensor with its rows in llama.cpp's order."""
         heads = self._heads.get(name.split(".")[-2])
         return to_rotary_pairs(array, heads) if heads else array
 
@@ -77,6 +87,7 @@ class GgufWriter:
         )
 
     def _begin(self, path: Path) -> Any:
+        """Write the metadata and the tensor index, and return the open `gguf.GGUFWriter`."""
         import gguf
 
         frequencies = rope_factors(self.model.config)
@@ -125,37 +136,44 @@ class GgufWriter:
 
 
 def check_architecture(config: Mapping[str, Any]) -> None:
-    """Refuse by name what GGUF, as it is known here, does not hold."""
+    """Check that this architecture can be written to GGUF.
+
+    Raises:
+        FishError: the exporter or llama.cpp does not support the model type, its attention or its RoPE
+            scaling.
+    """
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise FishError(
-            f"a {kind} model cannot be written to GGUF by mlx-fish, which knows {NAMES}; use "
+            f"a {kind} model cannot be written to GGUF by mlx-fish, which supports only {NAMES}; use "
             "--to-hf and llama.cpp's own converter."
         )
     if config.get("use_sliding_window"):
         raise FishError(
-            "this model attends through a sliding window, which llama.cpp does not do for qwen2; use --to-hf."
+            "this model uses sliding-window attention, which llama.cpp does not support for qwen2; use --to-hf."
         )
     rope_factors(config)
 
 
 def tensor_names(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> dict[str, str]:
-    """Hugging Face name -> GGUF name."""
+    """Return a mapping from Hugging Face tensor names to GGUF tensor names.
+
+    Raises:
+        FishError: a tensor has no GGUF name in this architecture.
+    """
     import gguf
 
     architecture = gguf.MODEL_ARCH[str(config["model_type"]).upper()]
-    known = gguf.get_tensor_name_map(architecture, int(config["num_hidden_layers"]))
-    names = {name: known.get_name(name, try_suffixes=(".weight", ".bias")) for name in shapes}
-    for name, found in names.items():
-        if found is None:
-            raise FishError(
-                f"the tensor {name} has no place in a GGUF file of a {config['model_type']} model; use --to-hf."
-            )
+    name_map = gguf.get_tensor_name_map(architecture, int(config["num_hidden_layers"]))
+    names = {name: name_map.get_name(name, try_suffixes=(".weight", ".bias")) for name in shapes}
+    for name, gguf_name in names.items():
+        if gguf_name is None:
+            raise FishError(f"the tensor {name} has no GGUF name in a {config['model_type']} model; use --to-hf.")
     return names
 
 
 def rotary_heads(config: Mapping[str, Any]) -> dict[str, int]:
-    """Layers whose rows llama.cpp stores in another order -> their number of heads."""
+    """Return the layers whose rows llama.cpp stores in rotary order, with their number of heads."""
     if not FAMILIES[str(config["model_type"])].gguf_rotary_pairs:
         return {}
     heads = int(config["num_attention_heads"])
@@ -163,13 +181,20 @@ def rotary_heads(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def to_rotary_pairs(array: Float32, heads: int) -> Float32:
-    """Rows (0, n/2), which Hugging Face turns together, -> side by side (0, 1), as llama.cpp does. (out, …) any columns."""
+    """Reorder the rows of q or k, (out, ...), from Hugging Face's to llama.cpp's rotary order.
+
+    RoPE rotates the features of a head in pairs. In a head of n rows, Hugging Face pairs row i with row i +
+    n/2, and llama.cpp pairs rows 2i and 2i + 1:
+
+        Hugging Face   0 1 2 3 | 4 5 6 7       pairs (0, 4) (1, 5) (2, 6) (3, 7)
+        llama.cpp      0 4 1 5 2 6 3 7         the same pairs, next to each other
+    """
     halves = array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(array.shape)
 
 
 def add_model_keys(writer: Any, model: MergedModel) -> None:
-    """Where the model came from, for people and for the Hub."""
+    """Add the keys that describe the model's name and origin, for people and for the Hub."""
     writer.add_name(model.name)
     writer.add_quantized_by(f"mlx-fish {__version__}")
     if model.license:
@@ -183,7 +208,7 @@ def add_model_keys(writer: Any, model: MergedModel) -> None:
 
 
 def add_config_keys(writer: Any, config: Mapping[str, Any]) -> None:
-    """The architecture's sizes."""
+    """Add the keys of the architecture: sizes, norm and RoPE settings."""
     heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
     head_dim = int(config.get("head_dim") or hidden // heads)
     writer.add_context_length(int(config["max_position_embeddings"]))
@@ -211,14 +236,20 @@ def add_config_keys(writer: Any, config: Mapping[str, Any]) -> None:
 
 
 def rope_factors(config: Mapping[str, Any]) -> npt.NDArray[np.float32] | None:
-    """Llama 3's frequency factors, (head_dim / 2,), which are a tensor of the file; None for any other scaling."""
+    """Return the frequency factors of Llama 3's RoPE scaling, (head_dim / 2,), which GGUF stores as a tensor.
+
+    Returns None without scaling, and for scalings that GGUF stores as metadata.
+
+    Raises:
+        FishError: GGUF, as written here, cannot express this RoPE scaling.
+    """
     kind, scaling = _rope_scaling(config)
     if kind in ("default", "linear", "yarn"):
         return None
-    usual = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    if kind != "llama3" or any(scaling.get(key) != value for key, value in usual.items()):
+    llama3_defaults = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    if kind != "llama3" or any(scaling.get(key) != value for key, value in llama3_defaults.items()):
         raise FishError(
-            f"this model scales its rotary positions by the rule {kind}, which mlx-fish cannot write to GGUF; use --to-hf."
+            f"this model uses RoPE scaling of type {kind}, which mlx-fish cannot write to GGUF; use --to-hf."
         )
     heads = int(config["num_attention_heads"])
     head_dim = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
@@ -226,5 +257,6 @@ def rope_factors(config: Mapping[str, Any]) -> npt.NDArray[np.float32] | None:
 
 
 def _rope_scaling(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Return the type of the RoPE scaling and its settings."""
     scaling = config.get("rope_scaling") or {}
     return str(scaling.get("rope_type", scaling.get("type", "default"))), scaling

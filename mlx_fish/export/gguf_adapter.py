@@ -1,8 +1,9 @@
-"""A LoRA adapter -> a GGUF file that llama.cpp (`--lora`) and Ollama (`ADAPTER`) put on a GGUF base.
+"""Write a LoRA adapter as a GGUF file that llama.cpp (`--lora`) and Ollama (`ADAPTER`) apply to a GGUF base.
 
-The format is that of llama.cpp's convert_lora_to_gguf: `general.type` adapter, tensors `blk.N.attn_q.weight.lora_a` (r, in)
-and `.lora_b` (out, r) in float32, one `adapter.lora.alpha`; each layer is scaled by alpha / its own r. For llama the rows
-of B of q and k lie in llama.cpp's rotary order, as those of the weights do.
+The file has the format of llama.cpp's convert_lora_to_gguf: `general.type` is adapter; the tensors are
+`blk.N.attn_q.weight.lora_a` (r, in) and `.lora_b` (out, r) in float32; there is one `adapter.lora.alpha`, and
+each layer is scaled by alpha / its own r. For llama, the rows of B of q and k are in llama.cpp's rotary
+order, like the rows of the weights.
 """
 
 from pathlib import Path
@@ -15,16 +16,17 @@ from mlx_fish.export.writer import MergedModel
 
 
 def write_gguf_adapter(path: Path, adapter: Adapter, model: MergedModel) -> int:
-    """Write plain LoRA (no DoRA); returns the bytes of its tensors."""
+    """Write a plain LoRA adapter (not DoRA) and return the size of its tensors in bytes."""
     import gguf
 
-    assert not adapter.magnitudes, "refused before"
+    assert not adapter.magnitudes, "DoRA is rejected before"
     spec = adapter.spec
     names = tensor_names({f"{module}.weight": layer.shape for module, layer in spec.layers.items()}, model.config)
     heads = rotary_heads(model.config)
     alphas = {module: layer.scale * layer.rank for module, layer in spec.layers.items()}
-    shared = np.ptp(list(alphas.values())) < 1e-9 * max(map(abs, alphas.values()))
-    alpha = next(iter(alphas.values())) if shared else 1.0  # llama.cpp and Ollama know one: others go into B
+    is_shared = np.ptp(list(alphas.values())) < 1e-9 * max(map(abs, alphas.values()))
+    # llama.cpp and Ollama read a single alpha, so differing ones are folded into B.
+    alpha = next(iter(alphas.values())) if is_shared else 1.0
     writer = gguf.GGUFWriter(path, str(model.config["model_type"]))
     writer.add_type("adapter")
     add_model_keys(writer, model)
@@ -33,10 +35,10 @@ def write_gguf_adapter(path: Path, adapter: Adapter, model: MergedModel) -> int:
     size = 0
     for module in spec.layers:
         a, b = adapter.factors(module)
-        if not shared:
+        if not is_shared:
             b = b * np.float32(alphas[module])
-        if rotary := heads.get(module.rsplit(".", 1)[-1]):
-            b = to_rotary_pairs(b, rotary)
+        if num_heads := heads.get(module.rsplit(".", 1)[-1]):
+            b = to_rotary_pairs(b, num_heads)
         name = names[f"{module}.weight"]
         writer.add_tensor(f"{name}.lora_a", np.ascontiguousarray(a))
         writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(b))

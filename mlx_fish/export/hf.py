@@ -1,6 +1,6 @@
-"""A merged model -> a complete Hugging Face folder that transformers, mlx-lm, vLLM and Ollama read.
+"""Write a merged model as a complete Hugging Face folder, readable by transformers, mlx-lm, vLLM and Ollama.
 
-The format: https://huggingface.co/docs/transformers. Knows nothing about LoRA, nor where the folder will finally lie.
+The format: https://huggingface.co/docs/transformers. Independent of LoRA and of the folder's final path.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,10 @@ from mlx_fish.storage.tensors import DTYPES, SHARD_BYTES, Float32, ShardWriter, 
 
 
 class HfWriter:
-    """Writes weights, configs, tokenizer, template and model card into an empty folder; see `mlx_fish.export.writer.Writer`."""
+    """Writer of a Hugging Face folder: weights, configs, tokenizer, chat template and model card.
+
+    Implements `mlx_fish.export.writer.Writer`.
+    """
 
     def __init__(
         self,
@@ -27,41 +30,49 @@ class HfWriter:
         record: Mapping[str, Any],
         shard_bytes: int = SHARD_BYTES,
     ):
-        """Write all but the weights.
+        """Write everything but the weights.
 
         Args:
-            dtype: float32, float16 or bfloat16, the stored type of every tensor.
-            card: README.md.
-            record: mlx_fish.json, what the folder came from.
+            folder: an empty folder.
+            dtype: stored dtype of every tensor: float32, float16 or bfloat16.
+            card: content of README.md.
+            record: content of mlx_fish.json, the folder's origin.
+            shard_bytes: maximum size of one safetensors file, bytes.
 
         Raises:
-            FishError: no tokenizer.
+            FishError: the model has no tokenizer.
         """
         self.dtype = dtype
         slots = [Slot(name, DTYPES[dtype][0], shape) for name, shape in model.shapes.items()]
         self._shards = ShardWriter(folder, slots, shard_bytes=shard_bytes)
         self.num_bytes = self._shards.num_bytes
-        write_beside(folder, model, stored_config(model.config, dtype), card=card, record=record)
+        write_companion_files(folder, model, stored_config(model.config, dtype), card=card, record=record)
 
     def put(self, name: str, array: Float32) -> int:
-        """Raises FishError for a value too large for float16."""
+        """Write the next tensor and return its size in bytes.
+
+        Raises:
+            FishError: a value is too large for float16.
+        """
         slot = self._shards.put(encoded_pieces(array, self.dtype, name))
         assert (slot.name, slot.shape) == (name, array.shape), (slot, name, array.shape)
         return slot.num_bytes
 
     def as_read(self, name: str, array: Float32) -> Float32:
+        """Return `array` as a reader sees it: rounded to the stored dtype, in float32."""
         if self.dtype == "float32":
             return array
         return decode(encode(array, self.dtype, name), DTYPES[self.dtype][0]).reshape(array.shape)
 
     def close(self) -> None:
+        """Complete the files."""
         self._shards.close()
 
 
-def write_beside(
+def write_companion_files(
     folder: Path, model: MergedModel, config: Mapping[str, Any], *, card: str, record: Mapping[str, Any]
 ) -> None:
-    """What lies beside the weights."""
+    """Write the files that accompany the weights: tokenizer, configs, model card and record of origin."""
     copy_tokenizer(model.tokenizer_folder, folder, chat_template=model.chat_template)
     write_json(folder / "config.json", dict(config))
     write_json(folder / "generation_config.json", dict(model.generation_config))
@@ -70,7 +81,10 @@ def write_beside(
 
 
 def stored_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """config.json for plain weights in `dtype` (named in the new form and the old): no quantisation, no code to run."""
+    """Return config.json for unquantised weights, without custom code.
+
+    `dtype` is stored under both keys that readers use, the current and the old one.
+    """
     dropped = ("quantization", "quantization_config", "auto_map", "_name_or_path")
     stored = {key: value for key, value in config.items() if key not in dropped}
     family = FAMILIES.get(str(config.get("model_type")))

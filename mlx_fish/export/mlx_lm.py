@@ -1,6 +1,6 @@
-"""mlx-lm's own forms: a folder whose matrices MLX quantised, and an adapter in its layout.
+"""Write mlx-lm's own formats: a model folder with quantised matrices, and an adapter in mlx-lm's layout.
 
-Without quantisation a Hugging Face folder is what mlx-lm reads (`hf.py`). Only quantising needs MLX.
+mlx-lm reads unquantised models from a Hugging Face folder (`hf.py`). Only quantising needs MLX.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ import numpy as np
 from mlx_fish.adapters.peft import Adapter
 from mlx_fish.adapters.spec import block_of
 from mlx_fish.errors import FishError
-from mlx_fish.export.hf import stored_config, write_beside
+from mlx_fish.export.hf import stored_config, write_companion_files
 from mlx_fish.export.writer import MergedModel
 from mlx_fish.storage.files import write_json
 from mlx_fish.storage.tensors import (
@@ -29,7 +29,10 @@ from mlx_fish.storage.tensors import (
 
 
 class QuantizedWriter:
-    """Quantises each matrix as mlx-lm does (affine, also the embedding); see `mlx_fish.export.writer.Writer`."""
+    """Writer of an mlx-lm folder whose matrices are quantised as mlx-lm does it: affine, the embedding included.
+
+    Implements `mlx_fish.export.writer.Writer`.
+    """
 
     def __init__(
         self,
@@ -43,12 +46,24 @@ class QuantizedWriter:
         record: Mapping[str, Any],
         shard_bytes: int = SHARD_BYTES,
     ):
-        """Raises FishError when MLX is missing or a matrix has no whole groups."""
+        """Write everything but the weights.
+
+        Args:
+            dtype: dtype of scales, biases and unquantised tensors: float32, float16 or bfloat16.
+            bits: bits per quantised weight.
+            group_size: weights that share a scale and a bias.
+            card: content of README.md.
+            record: content of mlx_fish.json, the folder's origin.
+            shard_bytes: maximum size of one safetensors file, bytes.
+
+        Raises:
+            FishError: MLX is not installed, or a matrix's input size is not a multiple of `group_size`.
+        """
         try:
             from mlx_fish.backends.mlx.quantize import quantize_rows
         except ImportError as error:
             raise FishError(
-                f"quantising for mlx-lm needs MLX ({error}); run `pip install 'mlx-fish[mlx]'`, or leave --mlx-bits out."
+                f"quantising for mlx-lm needs MLX ({error}); run `pip install 'mlx-fish[mlx]'`, or drop --mlx-bits."
             ) from error
         self._quantize_rows = quantize_rows
         self.dtype = f"{dtype} in {bits} bits"
@@ -62,9 +77,10 @@ class QuantizedWriter:
             "quantization": quantization,
             "quantization_config": quantization,
         }
-        write_beside(folder, model, config, card=card, record=record)
+        write_companion_files(folder, model, config, card=card, record=record)
 
     def put(self, name: str, array: Float32) -> int:
+        """Write the next tensor, quantised if it is a matrix, and return its size in bytes."""
         if array.ndim != 2:
             return self._shards.put(encoded_pieces(array, self._float, name)).num_bytes
         packed, scales, biases = self._quantize_rows(
@@ -76,6 +92,7 @@ class QuantizedWriter:
         return size
 
     def as_read(self, name: str, array: Float32) -> Float32:
+        """Return `array` as a reader sees it: quantised or rounded as stored, in float32."""
         if array.ndim != 2:
             return decode(encode(array, self._float, name), DTYPES[self._float][0]).reshape(array.shape)
         from mlx_fish.backends.mlx.dequantize import dequantize
@@ -85,16 +102,18 @@ class QuantizedWriter:
         return dequantize(packed, scales, biases, **sizes)
 
     def close(self) -> None:
+        """Complete the files."""
         self._shards.close()
 
     def _slots(self, name: str, shape: tuple[int, ...]) -> list[Slot]:
+        """Return the stored tensors of one tensor: itself, or its packed weights, scales and biases."""
         stored = DTYPES[self._float][0]
         if len(shape) != 2:
             return [Slot(name, stored, shape)]
         rows, columns = shape
         if columns % self._group_size:
             raise FishError(
-                f"{name} has {columns} inputs, no multiple of the group size {self._group_size}; leave --mlx-bits out."
+                f"{name} has {columns} inputs, not a multiple of the group size {self._group_size}; drop --mlx-bits."
             )
         module, groups = name.removesuffix(".weight"), columns // self._group_size
         return [
@@ -105,12 +124,12 @@ class QuantizedWriter:
 
 
 def write_mlx_adapter(folder: Path, adapter: Adapter, model: MergedModel) -> int:
-    """`adapters.safetensors` and `adapter_config.json` as mlx-lm loads them; returns the bytes of the tensors.
+    """Write `adapters.safetensors` and `adapter_config.json` for mlx-lm; return the size of the tensors in bytes.
 
-    mlx-lm knows one rank and one scale: smaller matrices are padded with zeros, other scales go into lora_b. It counts
-    adapted blocks from the last one.
+    mlx-lm has one rank and one scale per adapter: smaller matrices are padded with zeros, and differing
+    scales are folded into lora_b. It counts the adapted blocks from the last one.
     """
-    assert not adapter.magnitudes, "refused before"
+    assert not adapter.magnitudes, "DoRA is rejected before"
     spec = adapter.spec
     rank = max(layer.rank for layer in spec.layers.values())
     scales = {layer.scale for layer in spec.layers.values()}
@@ -118,11 +137,11 @@ def write_mlx_adapter(folder: Path, adapter: Adapter, model: MergedModel) -> int
     arrays: dict[str, Float32] = {}
     for module, layer in spec.layers.items():
         a, b = adapter.factors(module)
-        extra = rank - layer.rank
+        padding = rank - layer.rank
         if len(scales) > 1:
             b = b * np.float32(layer.scale)
-        arrays[f"{module}.lora_a"] = np.ascontiguousarray(np.pad(a, ((0, extra), (0, 0))).T)
-        arrays[f"{module}.lora_b"] = np.ascontiguousarray(np.pad(b, ((0, 0), (0, extra))).T)
+        arrays[f"{module}.lora_a"] = np.ascontiguousarray(np.pad(a, ((0, padding), (0, 0))).T)
+        arrays[f"{module}.lora_b"] = np.ascontiguousarray(np.pad(b, ((0, 0), (0, padding))).T)
     config = {
         "model": model.base_name,
         "fine_tune_type": "lora",

@@ -1,7 +1,7 @@
-"""A folder for `ollama create`: the Modelfile beside the GGUF files, with template, system prompt, stops and sampling.
+"""Write the Modelfile for `ollama create`: chat template, system prompt, stop strings and sampling parameters.
 
-Ollama is told everything: what it guesses is wrong for a tuned model, and a wrong template or stop is what people complain
-of most. Knows nothing of how the GGUF files are made.
+The Modelfile sets everything explicitly. Ollama's guesses are wrong for a tuned model, and a wrong template
+or stop string is the most frequent complaint. Independent of how the GGUF files are written.
 """
 
 import re
@@ -19,33 +19,48 @@ from mlx_fish.models.folder import ModelFolder
 from mlx_fish.storage.files import write_text
 
 _NAME = re.compile(r"([a-z0-9][a-z0-9._-]*/)?[a-z0-9][a-z0-9._-]*(:[A-Za-z0-9][A-Za-z0-9._-]*)?")
-_LEAST_CONTEXT = 4096
-# generation_config.json -> PARAMETER. Ollama looks back 64 tokens for repetitions, transformers at everything.
+_MIN_CONTEXT = 4096
+# Key of generation_config.json -> PARAMETER.
 _SAMPLING = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
 
 
 def check_name(name: str) -> None:
+    """Check that a name is valid for an Ollama model.
+
+    Raises:
+        FishError: the name is invalid.
+    """
     if not _NAME.fullmatch(name):
         raise FishError(
-            f"--to-ollama {name}: a name of small letters, digits and . _ - was expected, such as fish or me/fish:v1."
+            f"--to-ollama {name}: expected a name of lower-case letters, digits and . _ -, such as fish or me/fish:v1."
         )
 
 
 def check_ollama() -> None:
-    """Refuse `--create` before any work when there is no ollama."""
+    """Check, before any work, that `--create` can run `ollama`.
+
+    Raises:
+        FishError: `ollama` is not installed.
+    """
     if shutil.which("ollama") is None:
         raise FishError(
-            "--create needs `ollama` on the PATH, and it is not there; leave it out, and create the model later."
+            "--create needs `ollama` on the PATH, but it was not found; install it, or drop --create and create the "
+            "model later."
         )
 
 
 def write_modelfile(
     folder: Path, model: MergedModel, *, name: str, file_name: str, adapter_name: str | None = None
 ) -> None:
-    """Write `Modelfile` beside the GGUF files that it names.
+    """Write `Modelfile` into the folder of the GGUF files.
+
+    Args:
+        name: the model's name in Ollama.
+        file_name: the GGUF file of the model, in `folder`.
+        adapter_name: the GGUF file of the adapter, in `folder`, if it is not merged.
 
     Raises:
-        FishError: no chat template, or one that no Ollama TEMPLATE can say.
+        FishError: there is no chat template, or an Ollama TEMPLATE cannot express it.
     """
     tokenizer = _tokenizer(model)
     template = template_of(model, tokenizer)
@@ -62,7 +77,7 @@ def write_modelfile(
     if system is not None:
         try:
             command = written("SYSTEM", system)
-        except ModelfileError:  # what SYSTEM cannot hold, TEMPLATE can: Go strings have escapes
+        except ModelfileError:  # TEMPLATE can express any text, since Go strings have escapes
             go_text, command = (
                 template.text(system=system),
                 "# The system prompt is in the TEMPLATE: SYSTEM cannot hold it.\n",
@@ -70,16 +85,24 @@ def write_modelfile(
         lines.append(command)
     lines.append(_template_command(go_text))
     lines += [
-        written(f"PARAMETER {key}", value) for key, value in parameters(generation, _stops(generation, tokenizer))
+        written(f"PARAMETER {key}", value)
+        for key, value in parameters(generation, _stop_strings(generation, tokenizer))
     ]
-    lines.append(written("PARAMETER num_ctx", str(_context(model))))
+    lines.append(written("PARAMETER num_ctx", str(_context_length(model))))
     if model.license:
         lines.append(written("LICENSE", model.license))
     write_text(folder / "Modelfile", "".join(lines))
 
 
 def template_of(model: MergedModel, tokenizer: Any) -> GoTemplate:
-    """The Go form of the chat template that the model was tuned with."""
+    """Return the Go form of the chat template that the model was tuned with.
+
+    Args:
+        tokenizer: the model's transformers tokenizer, which renders the Jinja template.
+
+    Raises:
+        FishError: there is no chat template, or an Ollama TEMPLATE cannot express it.
+    """
     jinja = model.own_template()
     if jinja is None:
         raise FishError(
@@ -92,7 +115,7 @@ def template_of(model: MergedModel, tokenizer: Any) -> GoTemplate:
             text: str = tokenizer.apply_chat_template(
                 turns, chat_template=jinja, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except Exception as error:  # Jinja's errors, and what a template raises by itself
+        except Exception as error:  # Jinja's errors, and those that a template raises itself
             raise FishError(f"the chat template cannot render a conversation ({error}).") from error
         return text
 
@@ -102,36 +125,46 @@ def template_of(model: MergedModel, tokenizer: Any) -> GoTemplate:
 
 
 def parameters(generation: Mapping[str, Any], stops: Sequence[str]) -> list[tuple[str, str]]:
-    """PARAMETER lines for a generation config, whose silence means greedy."""
-    found = [("stop", stop) for stop in stops]
+    """Return the PARAMETER lines for a generation config, as (name, value).
+
+    As in transformers, decoding is greedy unless the config enables sampling.
+    """
+    lines = [("stop", stop) for stop in stops]
     if generation.get("do_sample"):
-        found += [
-            (name, _number(generation[key])) for key, name in _SAMPLING.items() if generation.get(key) is not None
+        lines += [
+            (name, _number_text(generation[key])) for key, name in _SAMPLING.items() if generation.get(key) is not None
         ]
         if generation.get("temperature") is None:
-            found.append(("temperature", "1"))  # transformers' default; Ollama's is 0.8
+            lines.append(("temperature", "1"))  # transformers' default; Ollama's is 0.8
     else:
-        found.append(("temperature", "0"))
+        lines.append(("temperature", "0"))
     penalty = generation.get("repetition_penalty")
     if penalty is not None and penalty != 1:
-        found += [("repeat_penalty", _number(penalty)), ("repeat_last_n", "-1")]
+        # -1 is the complete context, as in transformers; Ollama's default is the last 64 tokens.
+        lines += [("repeat_penalty", _number_text(penalty)), ("repeat_last_n", "-1")]
     if generation.get("max_new_tokens"):
-        found.append(("num_predict", _number(generation["max_new_tokens"])))
-    return found
+        lines.append(("num_predict", _number_text(generation["max_new_tokens"])))
+    return lines
 
 
 def create_model(folder: Path, name: str, question: str) -> str:
-    """Run `ollama create`, its progress on our stderr, then ask the new model one question; returns its answer."""
+    """Run `ollama create` with its progress on stderr, ask the new model one question, and return its answer.
+
+    Raises:
+        FishError: `ollama` is not installed, or one of its commands failed.
+    """
     check_ollama()
     import sys
 
     commands = [["ollama", "create", name, "-f", "Modelfile"], ["ollama", "run", name, question]]
-    for number, command in enumerate(commands):
-        output = subprocess.PIPE if number else sys.stderr.fileno()
-        done = subprocess.run(command, cwd=folder, stdout=output, text=True, stdin=subprocess.DEVNULL, check=False)
-        if done.returncode:
-            raise FishError(f"`{' '.join(command[:3])}` failed with {done.returncode}; the files are in {folder}.")
-    return str(done.stdout).strip()
+    for index, command in enumerate(commands):
+        output = subprocess.PIPE if index else sys.stderr.fileno()
+        result = subprocess.run(command, cwd=folder, stdout=output, text=True, stdin=subprocess.DEVNULL, check=False)
+        if result.returncode:
+            raise FishError(
+                f"`{' '.join(command[:3])}` failed with {result.returncode}; the exported files are in {folder}."
+            )
+    return str(result.stdout).strip()
 
 
 def _template_command(go_text: str) -> str:
@@ -139,7 +172,7 @@ def _template_command(go_text: str) -> str:
         return written("TEMPLATE", go_text)
     except ModelfileError as error:
         raise FishError(
-            "this chat template cannot be written into a Modelfile; train with --template chatml."
+            "this chat template cannot be expressed in a Modelfile; train with --template chatml."
         ) from error
 
 
@@ -149,17 +182,18 @@ def _tokenizer(model: MergedModel) -> Any:
     return load_tokenizer(ModelFolder(model.tokenizer_folder, model.name))
 
 
-def _stops(generation: Mapping[str, Any], tokenizer: Any) -> list[str]:
+def _stop_strings(generation: Mapping[str, Any], tokenizer: Any) -> list[str]:
+    """Return the end tokens of a generation config as strings."""
     ends = generation.get("eos_token_id")
     ids = ends if isinstance(ends, list) else [ends]
     return [str(tokenizer.convert_ids_to_tokens(token)) for token in ids if isinstance(token, int)]
 
 
-def _context(model: MergedModel) -> int:
-    """Room for what training saw, 4096 tokens at least, and no more than the model has positions."""
-    wanted = max(_LEAST_CONTEXT, 2 * (model.trained_length or 0))
-    return min(int(model.config["max_position_embeddings"]), wanted)
+def _context_length(model: MergedModel) -> int:
+    """Return the context length in tokens: twice the training length, at least 4096, within the model's maximum."""
+    desired = max(_MIN_CONTEXT, 2 * (model.trained_length or 0))
+    return min(int(model.config["max_position_embeddings"]), desired)
 
 
-def _number(value: Any) -> str:
+def _number_text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,6 +1,6 @@
-"""What `fuse` can write: the kinds of target, where each goes, and the writers that each needs.
+"""Define the export targets of `fuse`: their kinds, their folders and their writers.
 
-Knows nothing of how the tensors are merged.
+Independent of how the tensors are merged.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,11 +38,12 @@ class Target:
 
     Attributes:
         kind: a key of DEFAULT_OUT.
-        dtype: of hf and mlx: float32, float16 or bfloat16; None: the base's.
-        file_types: of gguf and ollama, see `gguf_types.GGUF_TYPES`.
-        bits, group_size: of mlx: quantise to so many bits; None: leave the weights as they are.
-        name: ollama's name for the model.
-        as_adapter: ollama: the base and the adapter, in a file each, in place of the merged model.
+        out: the folder.
+        dtype: for hf and mlx: float32, float16 or bfloat16; None: the base's dtype.
+        file_types: for gguf and ollama: keys of `gguf_types.GGUF_TYPES`.
+        bits, group_size: for mlx: bits per weight and weights per group; `bits` None: do not quantise.
+        name: for ollama: the model's name.
+        as_adapter: for ollama: write base and adapter to separate files instead of merging them.
     """
 
     kind: str
@@ -56,13 +57,21 @@ class Target:
 
     @property
     def needs_weights(self) -> bool:
+        """Whether the target contains model weights, not only the adapter."""
         return self.kind not in ("gguf-adapter", "mlx-adapter")
 
 
 def with_folders(targets: Sequence[Target], out: Path | None) -> list[Target]:
-    """Give each target its folder: its own default one; with `out`, that one, or a folder each in it for several."""
+    """Return the targets with their folders set.
+
+    Without `out`, each target has its default folder. With `out`, a single target uses it, and several
+    targets use one subfolder each, named after their kind.
+
+    Raises:
+        FishError: `out` looks like a file.
+    """
     if out is not None and out.suffix in (".gguf", ".safetensors"):
-        raise FishError(f"--out {out}: a folder was expected; the files in it get their names from their types.")
+        raise FishError(f"--out {out}: expected a folder; the files in it are named after their types.")
     if out is None:
         return [replace(target, out=DEFAULT_OUT[target.kind]) for target in targets]
     if len(targets) == 1:
@@ -72,12 +81,14 @@ def with_folders(targets: Sequence[Target], out: Path | None) -> list[Target]:
 
 @dataclass(frozen=True)
 class Artifact:
-    """What a target left: a folder, or a GGUF file in one.
+    """One result of an export: a folder, or a GGUF file in it.
 
     Attributes:
+        kind: the target's kind.
         dtype: the stored type.
-        kept, changed: see `merge.Survival`; None where the adapter is stored by itself.
-        adapter: the GGUF adapter that goes with a base file.
+        num_bytes: size of the stored tensors, bytes.
+        kept, changed: see `merge.Survival`; None if the adapter is stored separately.
+        adapter: the GGUF adapter that belongs to a base file.
     """
 
     kind: str
@@ -91,21 +102,35 @@ class Artifact:
 
 @dataclass
 class WriterTask:
-    """A writer at work. `of_base` takes the base's tensors in place of the merged ones."""
+    """An open writer and the artifact that it produces.
+
+    Attributes:
+        unmerged: the writer receives the base's tensors instead of the merged ones.
+        survival: how much of the adapter the stored type keeps.
+    """
 
     artifact: Artifact
     writer: Writer
-    of_base: bool = False
+    unmerged: bool = False
     survival: Survival = field(default_factory=Survival)
 
     def done(self) -> Artifact:
-        if self.of_base:
+        """Return the artifact, with the measured survival of the adapter unless it is stored separately."""
+        if self.unmerged:
             return self.artifact
         return replace(self.artifact, kept=self.survival.kept, changed=self.survival.changed)
 
 
 def check_target_kind(target: Target, config: Mapping[str, Any], adapter: Adapter) -> None:
-    """Refuse, before any work, what this target cannot hold."""
+    """Check, before any work, that a target's format supports this model and adapter.
+
+    Args:
+        config: the base's config.json.
+
+    Raises:
+        FishError: an unknown dtype or type, an invalid name, or a model or adapter that the format cannot
+            express.
+    """
     if target.dtype is not None and target.dtype not in DTYPES:
         raise FishError(
             f"--dtype {target.dtype}: expected one of {', '.join(DTYPES)}.{did_you_mean(target.dtype, DTYPES)}"
@@ -121,8 +146,16 @@ def check_target_kind(target: Target, config: Mapping[str, Any], adapter: Adapte
 
 
 @dataclass(frozen=True)
-class Opening:
-    """What the writers of a run have in common. `card` makes a README.md for a stored type."""
+class ExportContext:
+    """The input that all writers of one `fuse` share.
+
+    Attributes:
+        model: the merged model without its weights.
+        cards: dtype -> content of README.md.
+        record: content of mlx_fish.json, the origin of the files.
+        base_dtype: dtype of the base's weights.
+        shard_bytes: maximum size of one safetensors file, bytes.
+    """
 
     model: MergedModel
     adapter: Adapter
@@ -132,42 +165,47 @@ class Opening:
     shard_bytes: int = SHARD_BYTES
 
 
-def open_target(target: Target, folder: Path, opening: Opening) -> tuple[list[WriterTask], list[Artifact]]:
-    """Begin to write a target into its empty folder: (writers that want the tensors, artifacts already complete)."""
-    model, record = opening.model, {**opening.record, "target": target.kind}
+def open_target(target: Target, folder: Path, context: ExportContext) -> tuple[list[WriterTask], list[Artifact]]:
+    """Start writing a target into its empty folder.
+
+    Returns:
+        the writers that still need the tensors, and the artifacts that are already complete.
+    """
+    model, record = context.model, {**context.record, "target": target.kind}
     if target.kind in ("hf", "mlx"):
-        dtype = target.dtype or opening.base_dtype
-        beside: dict[str, Any] = {"card": opening.cards[dtype], "record": {**record, "dtype": dtype}}
+        dtype = target.dtype or context.base_dtype
+        metadata: dict[str, Any] = {"card": context.cards[dtype], "record": {**record, "dtype": dtype}}
         writer: Writer
         if target.bits is None:
-            writer = HfWriter(folder, model, dtype=dtype, shard_bytes=opening.shard_bytes, **beside)
+            writer = HfWriter(folder, model, dtype=dtype, shard_bytes=context.shard_bytes, **metadata)
         else:
             writer = QuantizedWriter(
-                folder, model, dtype=dtype, bits=target.bits, group_size=target.group_size, **beside
+                folder, model, dtype=dtype, bits=target.bits, group_size=target.group_size, **metadata
             )
         artifact = Artifact(target.kind, target.out, writer.dtype, writer.num_bytes)
         return [WriterTask(artifact, writer, survival=Survival(quantized=target.bits is not None))], []
     write_json(folder / RECORD, record)
     if target.kind == "gguf-adapter":
-        size = write_gguf_adapter(folder / "adapter.gguf", opening.adapter, model)
+        size = write_gguf_adapter(folder / "adapter.gguf", context.adapter, model)
         return [], [Artifact(target.kind, target.out / "adapter.gguf", "float32", size)]
     if target.kind == "mlx-adapter":
-        size = write_mlx_adapter(folder, opening.adapter, model)
+        size = write_mlx_adapter(folder, context.adapter, model)
         return [], [Artifact(target.kind, target.out, "float32", size)]
-    return [_gguf_task(target, folder, file_type, opening) for file_type in target.file_types], []
+    return [_gguf_task(target, folder, file_type, context) for file_type in target.file_types], []
 
 
-def _gguf_task(target: Target, folder: Path, file_type: str, opening: Opening) -> WriterTask:
+def _gguf_task(target: Target, folder: Path, file_type: str, context: ExportContext) -> WriterTask:
+    """Open the writer of one GGUF file; for Ollama, also write the Modelfile and the adapter."""
     name = f"{'base' if target.as_adapter else 'model'}-{file_type}.gguf"
     adapter_name = None
     if target.kind == "ollama":
         if target.as_adapter:
             adapter_name = "adapter.gguf"
-            write_gguf_adapter(folder / adapter_name, opening.adapter, opening.model)
-        write_modelfile(folder, opening.model, name=target.name, file_name=name, adapter_name=adapter_name)
-    writer = GgufWriter(folder / name, opening.model, file_type=file_type)
+            write_gguf_adapter(folder / adapter_name, context.adapter, context.model)
+        write_modelfile(folder, context.model, name=target.name, file_name=name, adapter_name=adapter_name)
+    writer = GgufWriter(folder / name, context.model, file_type=file_type)
     adapter = target.out / adapter_name if adapter_name else None
     artifact = Artifact(target.kind, target.out / name, file_type, writer.num_bytes, adapter=adapter)
     return WriterTask(
-        artifact, writer, of_base=target.as_adapter, survival=Survival(quantized=file_type.startswith("q"))
+        artifact, writer, unmerged=target.as_adapter, survival=Survival(quantized=file_type.startswith("q"))
     )

@@ -1,4 +1,7 @@
-"""What a merged model is to the writers of this folder: one target a file, knowing one format and nothing of LoRA."""
+"""Define the interface between merging and export: the merged model, and the protocol of its writers.
+
+Each writer handles one format and is independent of LoRA.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,19 +14,20 @@ from mlx_fish.storage.tensors import Float32
 
 @dataclass(frozen=True)
 class MergedModel:
-    """All that is known of a model before its first tensor comes.
+    """Everything about a merged model except its weights.
 
     Attributes:
-        shapes: Hugging Face tensor name -> shape, in the order in which the tensors will come; no second copy of a tied head.
-        config: config.json with both rope forms.
-        generation_config: generation_config.json, with every id at which the model stops.
-        tokenizer_folder: where the tokenizer's files lie.
-        chat_template: the template that the model was tuned with; None: the one in `tokenizer_folder`.
-        name: what people may call it.
-        base_name: a Hub id or a folder's last part.
-        license: the base's, as the Hub names it.
-        system: the system prompt that every training row began with.
-        trained_length: the longest row in tokens that training took.
+        shapes: Hugging Face tensor name -> shape, in the order in which writers receive the tensors; without
+            a tied head.
+        config: config.json, with both forms of the RoPE settings.
+        generation_config: generation_config.json, with every token id at which the model stops.
+        tokenizer_folder: folder of the tokenizer's files.
+        chat_template: the chat template that the model was tuned with; None: the one in `tokenizer_folder`.
+        name: display name of the model.
+        base_name: Hub id of the base, or the last part of its folder's path.
+        license: the base's license, as a Hub identifier.
+        system: the system prompt at the start of every training row.
+        trained_length: the maximum sequence length of training, in tokens.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -38,7 +42,7 @@ class MergedModel:
     trained_length: int | None = None
 
     def own_template(self) -> str | None:
-        """The chat template, wherever it stands."""
+        """Return the chat template, from `chat_template` or the tokenizer's files; None if there is none."""
         if self.chat_template is not None:
             return self.chat_template
         path = self.tokenizer_folder / "chat_template.jinja"
@@ -50,19 +54,24 @@ class MergedModel:
 
 
 class Writer(Protocol):
-    """Takes the tensors of one model, one after another, in the order of `MergedModel.shapes`."""
+    """A receiver of one model's tensors, one at a time, in the order of `MergedModel.shapes`.
+
+    Attributes:
+        dtype: the stored type, as shown to people.
+        num_bytes: total size of the stored tensors, bytes.
+    """
 
     dtype: str
     num_bytes: int
 
     def put(self, name: str, array: Float32) -> int:
-        """Write the next tensor; returns the bytes that it takes."""
+        """Write the next tensor, float32, and return its stored size in bytes."""
         ...
 
     def as_read(self, name: str, array: Float32) -> Float32:
-        """What a reader finds in place of `array`, which is some whole rows of the tensor."""
+        """Return `array`, some complete rows of the tensor, as a reader sees it: float32, same shape."""
         ...
 
     def close(self) -> None:
-        """Every tensor has come: complete the files."""
+        """Complete the files after the last tensor."""
         ...

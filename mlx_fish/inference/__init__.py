@@ -1,1 +1,1 @@
-"""Answer questions with a base or tuned model."""
+"""Generate answers with a base or fine-tuned model."""

@@ -1,4 +1,4 @@
-"""`mlx-fish generate`: one question streamed, base and tuned side by side, or a file of questions in one batched pass."""
+"""Generate answers: streamed for one question, or batched for a file of questions (`mlx-fish generate`)."""
 
 import json
 import sys
@@ -17,27 +17,39 @@ SAMPLE_TOKENS = 32
 
 
 def turns_of(question: str, *, input: str = "", system: str = "") -> tuple[Turn, ...]:
-    """The conversation of one question."""
+    """Return the conversation that asks one question.
+
+    Args:
+        input: additional input for the question.
+        system: system prompt.
+
+    Raises:
+        FishError: the question is empty.
+    """
     if not question.strip():
-        raise FishError("-p is empty; a question was expected.")
-    opening = (Turn("system", system),) if system else ()
-    return (*opening, Turn("user", question, input))
+        raise FishError("-p is empty; expected a question.")
+    system_turns = (Turn("system", system),) if system else ()
+    return (*system_turns, Turn("user", question, input))
 
 
 def stream(session: Session, backend: Backend, turns: tuple[Turn, ...], sampling: Sampling) -> Iterator[str]:
-    """Yield the answer's text as it comes. A character is held back until all of its bytes are there."""
+    """Yield the answer in pieces of text as it is generated. A character is yielded once all of its bytes are complete."""
     ids: list[int] = []
-    shown = ""
+    yielded_text = ""
     for token in backend.generate(session.template.prompt_ids(turns), sampling, session.end_ids):
         ids.append(token)
         text = session.template.answer_text(ids)
-        if text.startswith(shown):
-            yield text[len(shown) :]
-            shown = text
+        if text.startswith(yielded_text):
+            yield text[len(yielded_text) :]
+            yielded_text = text
 
 
 def read_questions(path: Path) -> list[str]:
-    """One question a line; blank lines are skipped."""
+    """Read a file with one question per line; blank lines are skipped.
+
+    Raises:
+        FishError: the file cannot be read, is not UTF-8, or has no questions.
+    """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
@@ -46,7 +58,7 @@ def read_questions(path: Path) -> list[str]:
         raise FishError(f"{path} is not UTF-8; save it as UTF-8.") from error
     questions = [line.strip() for line in lines if line.strip()]
     if not questions:
-        raise FishError(f"{path} holds no questions; one a line was expected.")
+        raise FishError(f"{path} contains no questions; expected one per line.")
     return questions
 
 
@@ -59,19 +71,27 @@ def answer_many(
     system: str = "",
     compare: bool = False,
 ) -> list[dict[str, Any]]:
-    """`{"question", "answer"}` for each question, all in one batched pass; with `compare` also `"base"`, without the adapter."""
+    """Answer all questions in one batch.
+
+    Args:
+        system: system prompt.
+        compare: also answer with the adapter disabled.
+
+    Returns:
+        `{"question": …, "answer": …}` for each question, with `compare` also `"base"`.
+    """
     prompts = [session.template.prompt_ids(turns_of(question, system=system)) for question in questions]
 
-    def answers() -> list[str]:
-        found = backend.generate_batch(prompts, sampling, session.end_ids)
-        return [session.template.answer_text(ids).strip() for ids in found]
+    def generate_answers() -> list[str]:
+        outputs = backend.generate_batch(prompts, sampling, session.end_ids)
+        return [session.template.answer_text(ids).strip() for ids in outputs]
 
     rows: list[dict[str, Any]] = [
-        {"question": question, "answer": answer} for question, answer in zip(questions, answers(), strict=True)
+        {"question": question, "answer": answer} for question, answer in zip(questions, generate_answers(), strict=True)
     ]
     if compare:
         backend.use_adapter(False)
-        for row, answer in zip(rows, answers(), strict=True):
+        for row, answer in zip(rows, generate_answers(), strict=True):
             row["base"] = answer
         backend.use_adapter(True)
     return rows
@@ -85,7 +105,7 @@ def sample_answer(
     *,
     max_tokens: int = SAMPLE_TOKENS,
 ) -> str:
-    """The greedy answer to a conversation, on one line; `…` at its end when it was cut at `max_tokens`."""
+    """Return the greedy answer to a conversation on one line, with a final `…` if it was truncated at `max_tokens`."""
     prompt = template.prompt_ids(turns)
     ids = list(backend.generate(prompt, Sampling(max_tokens=max_tokens), end_ids))
     text = template.answer_text(ids).strip().replace("\n", " ")
@@ -93,7 +113,7 @@ def sample_answer(
 
 
 def write_answers(rows: list[dict[str, Any]], out: Path | None) -> None:
-    """JSON lines to a file, or to stdout."""
+    """Write rows as JSON lines to a file, or to stdout if `out` is None."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if out is None:
         sys.stdout.write(text)

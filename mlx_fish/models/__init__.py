@@ -1,1 +1,1 @@
-"""Find, read and convert models: a name to a local folder, a folder or GGUF file to tensors."""
+"""Models: resolve a name to a local folder, read model folders and GGUF files, and convert them."""

@@ -1,6 +1,6 @@
-"""`mlx-fish convert`: any model folder, Hub model or GGUF file -> a folder that mlx-lm and transformers both load.
+"""Convert a model folder, Hub model or GGUF file to a folder that both mlx-lm and transformers can load.
 
-This is NumPy alone, a tensor at a time; quantising is a backend's work. Knows nothing of the terminal.
+Uses only NumPy, one tensor at a time; quantisation is left to a backend. Independent of the command line.
 """
 
 import math
@@ -22,14 +22,14 @@ from mlx_fish.storage.tensors import DTYPES, write_shards
 MADE_BY = "mlx-fish convert"
 BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128)
-_SPARE_BYTES = 100_000_000  # tokenizer, config, and what the file system takes
+_SPARE_BYTES = 100_000_000  # for the tokenizer, the config and file system overhead
 
 Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all)."""
+"""Called with (bytes written, total bytes)."""
 
 
 class Quantizer(Protocol):
-    """Packs the matrices of a model folder into few bits, as mlx-lm stores them. A backend provides it."""
+    """Quantises the weight matrices of a model folder in mlx-lm's format. Implemented by a backend."""
 
     @property
     def bits(self) -> int: ...
@@ -46,13 +46,31 @@ class Quantizer(Protocol):
         dtype: str,
         progress: Callable[[int], None] = ...,
     ) -> dict[str, Any]:
-        """Write the quantised weights of the folder `source` into `target`; returns the config with `quantization` in it."""
+        """Write the quantised weights of the model folder `source` to `target`.
+
+        Args:
+            config: the config.json of the model.
+            dtype: the dtype of scales, biases and unquantised tensors.
+            progress: called after each tensor with its size in bytes.
+
+        Returns:
+            The config with a `quantization` entry.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class ConvertResult:
-    """What was written. `num_parameters` counts before quantisation; `num_bytes` is the weight files' size."""
+    """The result of a conversion.
+
+    Attributes:
+        path: the folder written.
+        num_parameters: parameters before quantisation.
+        dtype: the dtype of unquantised tensors.
+        num_bytes: total size of the weight files.
+        source, revision: the converted model and its commit, as recorded in the folder.
+        quantization: bits and group size; None if not quantised.
+    """
 
     path: Path
     num_parameters: int
@@ -73,16 +91,18 @@ def convert(
     overwrite: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> ConvertResult:
-    """Write `model` as a model folder at `out`, whole or not at all.
+    """Convert `model` to a model folder at `out`. The folder is written atomically.
 
     Args:
         model: a Hub id, a folder or a .gguf file; None: `DEFAULT_MODEL`.
-        out: None: `models/<name>-mlx`.
-        dtype: float32, float16 or bfloat16; None keeps the source's (bfloat16 for a quantised GGUF).
-        quantizer: quantises the matrices (`backends.choose.load_quantizer`); None leaves them as they are.
+        out: the folder to write; None: `models/<name>-mlx`.
+        dtype: float32, float16 or bfloat16; None: the source's dtype (bfloat16 for a quantised GGUF file).
+        quantizer: quantises the weight matrices (`backends.choose.load_quantizer`); None: no quantisation.
+        progress: called with (bytes written, total bytes).
 
     Raises:
-        FishError: bad options or a taken `out` (before anything is fetched), an unusable source, a full disk.
+        FishError: the options are invalid or `out` exists (both checked before any download), the source
+            cannot be converted, or the disk is full.
     """
     started = time.monotonic()
     name = DEFAULT_MODEL if model is None else model
@@ -91,15 +111,15 @@ def convert(
     check_target(target, marker=RECORD, overwrite=overwrite)
     local = locate(name)
     if local is not None and target.exists() and target.samefile(local):
-        raise FishError(f"{target} is the model to convert itself; write somewhere else with --out.")
+        raise FishError(f"{target} is the model to convert itself; choose another --out.")
     source = open_source(name)
     dtype = dtype or source.dtype
     if quantizer is not None:
-        _check_groups(source, quantizer.group_size)
+        _check_group_size(source, quantizer.group_size)
     _check_space(target, source, dtype, quantizer)
     with new_folder(target, marker=RECORD, overwrite=overwrite) as folder:
         if quantizer is None:
-            config = _write_floats(source, folder, dtype, progress)
+            config = _write_unquantized(source, folder, dtype, progress)
             quantization = None
         else:
             config = _write_quantized(source, folder, dtype, quantizer, progress)
@@ -113,57 +133,63 @@ def convert(
 
 
 def default_out(name: str, models_dir: Path = MODELS_DIR) -> Path:
-    """`Qwen/Qwen2-0.5B` -> `models/Qwen2-0.5B-mlx`; a folder or a .gguf file by its own name."""
+    """Return the default output folder, such as `models/Qwen2-0.5B-mlx` for `Qwen/Qwen2-0.5B`.
+
+    For a folder or a .gguf file, the name is the last component of its path.
+    """
     path = locate(name, models_dir=models_dir)
-    last = path.resolve().name if path else name.split("/")[-1]
-    return models_dir / f"{last.removesuffix('.gguf')}-mlx"
+    base_name = path.resolve().name if path else name.split("/")[-1]
+    return models_dir / f"{base_name.removesuffix('.gguf')}-mlx"
 
 
-def _write_floats(source: Source, folder: Path, dtype: str, progress: Progress) -> dict[str, Any]:
+def _write_unquantized(source: Source, folder: Path, dtype: str, progress: Progress) -> dict[str, Any]:
+    """Write the weights in `dtype` and return the config."""
     total, done = source.num_parameters * DTYPES[dtype][1], 0
 
-    def count(num_bytes: int) -> None:
+    def report(num_bytes: int) -> None:
         nonlocal done
         done += num_bytes
         progress(done, total)
 
-    write_shards(folder, source.shapes, source.read, dtype=dtype, progress=count)
+    write_shards(folder, source.shapes, source.read, dtype=dtype, progress=report)
     return source.config
 
 
 def _write_quantized(
     source: Source, folder: Path, dtype: str, quantizer: Quantizer, progress: Progress
 ) -> dict[str, Any]:
+    """Write the quantised weights and return the config with its `quantization` entry."""
     total, done = _quantized_bytes(source, dtype, quantizer.bits, quantizer.group_size), 0
-    floats = folder / "floats"  # a GGUF file is expanded first, for mlx-lm to load
+    unquantized_folder = folder / "floats"  # a GGUF file is first expanded to safetensors, which mlx-lm can load
     if source.folder is None:
-        floats.mkdir()
-        write_shards(floats, source.shapes, source.read, dtype=dtype)
-        write_json(floats / "config.json", source.config)
+        unquantized_folder.mkdir()
+        write_shards(unquantized_folder, source.shapes, source.read, dtype=dtype)
+        write_json(unquantized_folder / "config.json", source.config)
 
-    def count(num_bytes: int) -> None:
+    def report(num_bytes: int) -> None:
         nonlocal done
         done += num_bytes
         progress(min(done, total), total)
 
     config = quantizer.quantize_folder(
-        source.folder or floats, folder, config=source.config, dtype=dtype, progress=count
+        source.folder or unquantized_folder, folder, config=source.config, dtype=dtype, progress=report
     )
-    shutil.rmtree(floats, ignore_errors=True)
+    shutil.rmtree(unquantized_folder, ignore_errors=True)
     return config
 
 
 def _write_small_files(
     source: Source, folder: Path, config: dict[str, Any], dtype: str, quantization: dict[str, int] | None
 ) -> None:
-    # mlx-lm and transformers disagree about the default of tie_word_embeddings, so it is always written.
+    """Write the config, generation config, tokenizer and mlx-fish record."""
+    # mlx-lm and transformers have different defaults for tie_word_embeddings, so it is always written.
     tied = bool(config.get("tie_word_embeddings", HEAD not in source.shapes))
     config = {**config, "tie_word_embeddings": tied, "dtype": dtype, "torch_dtype": dtype}
     config.pop("_name_or_path", None)
     write_json(folder / "config.json", config)
-    ends = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    made = {key: value for key, value in ends.items() if value is not None}
-    write_json(folder / "generation_config.json", source.generation_config or made)
+    token_ids = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    default_generation_config = {key: value for key, value in token_ids.items() if value is not None}
+    write_json(folder / "generation_config.json", source.generation_config or default_generation_config)
     source.write_tokenizer(folder)
     record = {
         "made_by": MADE_BY,
@@ -179,19 +205,24 @@ def _write_small_files(
 
 def _check_dtype(dtype: str | None) -> None:
     if dtype is not None and dtype not in DTYPES:
-        raise FishError(f"--dtype {dtype}: {', '.join(DTYPES)} was expected.")
+        raise FishError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}.")
 
 
-def _check_groups(source: Source, group_size: int) -> None:
+def _check_group_size(source: Source, group_size: int) -> None:
+    """Raise a FishError if the input size of a weight matrix is not a multiple of the group size."""
     for name, shape in source.shapes.items():
         if len(shape) == 2 and shape[-1] % group_size:
-            fitting = [size for size in GROUP_SIZES if shape[-1] % size == 0]
-            advice = f"use --group-size {fitting[-1]}" if fitting else "leave -q out"
-            raise FishError(f"{name} has {shape[-1]} inputs, no multiple of the group size {group_size}; {advice}.")
+            valid_sizes = [size for size in GROUP_SIZES if shape[-1] % size == 0]
+            advice = f"use --group-size {valid_sizes[-1]}" if valid_sizes else "omit -q"
+            raise FishError(f"{name} has {shape[-1]} inputs, not a multiple of the group size {group_size}; {advice}.")
 
 
 def _quantized_bytes(source: Source, dtype: str, bits: int, group_size: int) -> int:
-    """Packed weights, and a scale and a bias in `dtype` for each group; the rest stays in `dtype`."""
+    """Return the size in bytes of the quantised model.
+
+    Matrices are stored as packed weights with one scale and one bias in `dtype` per group, all other tensors
+    in `dtype`.
+    """
     width = DTYPES[dtype][1]
     return sum(
         math.prod(shape) * bits // 8 + 2 * width * math.prod(shape) // group_size
@@ -202,16 +233,19 @@ def _quantized_bytes(source: Source, dtype: str, bits: int, group_size: int) -> 
 
 
 def _check_space(target: Path, source: Source, dtype: str, quantizer: Quantizer | None) -> None:
-    floats = source.num_parameters * DTYPES[dtype][1]
-    needed = floats if quantizer is None else _quantized_bytes(source, dtype, quantizer.bits, min(GROUP_SIZES))
+    """Raise a FishError if the disk lacks the space for the conversion."""
+    unquantized_bytes = source.num_parameters * DTYPES[dtype][1]
+    needed = (
+        unquantized_bytes if quantizer is None else _quantized_bytes(source, dtype, quantizer.bits, min(GROUP_SIZES))
+    )
     if quantizer is not None and source.folder is None:
-        needed += floats  # the expanded copy
-    place = Path(target).absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+        needed += unquantized_bytes  # the expanded copy
+    existing = Path(target).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
     if free < needed + _SPARE_BYTES:
         raise FishError(
-            f"{target} needs {(needed + _SPARE_BYTES) / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; make room, or choose "
-            "another --out."
+            f"{target} needs {(needed + _SPARE_BYTES) / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free; "
+            "free some disk space, or choose another --out."
         )

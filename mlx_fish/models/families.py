@@ -1,7 +1,7 @@
-"""The table of model families: what the rest of the package needs to know about each architecture, and nowhere else.
+"""The supported model families, and everything the package needs to know about each architecture.
 
-A family is in the table when tests have compared its loss, gradients, generation, merging and every export with transformers
-and with each export's own reader. Anything else is refused.
+A family is listed only if tests compare its loss, gradients, generation, merging and every export with
+transformers and with the reader of each export format. All other architectures are rejected.
 """
 
 from collections.abc import Mapping
@@ -16,12 +16,13 @@ class Family:
     """One architecture.
 
     Attributes:
-        model_type: its name in config.json, which is also that of the architecture in a GGUF file.
-        architecture: transformers' class.
-        qkv_bias: q, k and v always have a bias.
-        has_head_dim: the width of a head may differ from hidden_size / num_attention_heads.
-        config_keys: keys of config.json that a GGUF file has no place for.
-        gguf_rotary_pairs: llama.cpp stores the rows of q and k for rotary pairs (0, 1), Hugging Face for (0, n/2).
+        model_type: `model_type` in config.json, which is also the architecture name in a GGUF file.
+        architecture: the transformers class.
+        qkv_bias: whether the q, k and v projections always have a bias.
+        has_head_dim: whether `head_dim` may differ from hidden_size / num_attention_heads.
+        config_keys: entries of config.json that GGUF metadata does not store.
+        gguf_rotary_pairs: whether llama.cpp reorders the rows of q and k for rotary pairs (0, 1); Hugging
+            Face pairs (0, n/2).
     """
 
     model_type: str
@@ -57,17 +58,17 @@ NAMES = " and ".join(sorted(FAMILIES, reverse=True))
 
 
 def family_of(config: Mapping[str, Any], name: str) -> Family:
-    """The family of a model.
+    """Return the family of a model.
 
     Args:
-        config: its config.json.
-        name: what the message calls it.
+        config: the model's config.json.
+        name: the model's name, for the error message.
 
     Raises:
-        FishError: a family that is not in the table.
+        FishError: the family is not supported.
     """
     model_type = config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
-        raise FishError(f"{name} is a {model_type} model; mlx-fish trains {NAMES} models.")
+        raise FishError(f"{name} is a {model_type} model; mlx-fish supports only {NAMES} models.")
     return family

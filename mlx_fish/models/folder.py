@@ -1,7 +1,7 @@
-"""A model folder as data: config, end tokens, tokenizer files, linear layers, fingerprint. Loads no framework.
+"""Read a model folder: config, end tokens, tokenizer files, linear layers and fingerprint.
 
-Reads Hugging Face and mlx-lm folders alike (`convert` writes one that is both). `mlx_fish.json` inside a folder of ours
-records where it came from.
+Loads no framework. Supports Hugging Face and mlx-lm folders; `convert` writes folders that are both. In
+folders written by mlx-fish, `mlx_fish.json` records the origin of the model.
 """
 
 import hashlib
@@ -33,7 +33,12 @@ _BLOCK_WEIGHT = re.compile(r"(model\.layers\.(\d+)\.[\w.]+)\.weight")
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A local model folder. `name` is how people know the model: the Hub id or the folder it came from."""
+    """A local model folder. Files are read on first access.
+
+    Attributes:
+        name: the name shown to users: the Hub id or the folder that the model came from.
+        revision: the commit hash of a Hub model.
+    """
 
     path: Path
     name: str
@@ -41,34 +46,36 @@ class ModelFolder:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """config.json with both rope forms, and without anything that asks to run code."""
+        """config.json with both RoPE formats (`with_both_rope_forms`), and without references to custom code."""
         path = self.path / "config.json"
         if not path.is_file():
             raise FishError(f"{self.path} has no config.json; a Hugging Face or mlx-lm model folder was expected.")
         config = read_json(path)
         if "model_file" in config:
-            raise FishError(f"{path} asks to run the model's own code (`model_file`); mlx-fish runs none.")
+            raise FishError(f"{path} asks to run the model's own code (`model_file`), which mlx-fish never does.")
         config.pop("auto_map", None)
         return with_both_rope_forms(config)
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
+        """generation_config.json, empty if there is none."""
         path = self.path / "generation_config.json"
         return read_json(path) if path.is_file() else {}
 
     @cached_property
     def record(self) -> dict[str, Any]:
-        """What `convert` or `fuse` noted about the folder's origin; empty for a folder of somebody else's."""
+        """The folder's origin as recorded by `convert` or `fuse`, empty for a folder not written by mlx-fish."""
         path = self.path / RECORD
         return read_json(path) if path.is_file() else {}
 
     @cached_property
     def weights(self) -> Weights:
+        """The stored tensors."""
         return open_weights(self.path)
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:
-        """The ids at which the model was taught to stop: the generation config's, else the config's."""
+        """The ids of the tokens that end generation, from the generation config, else from the config."""
         ids = self.generation_config.get("eos_token_id", self.config.get("eos_token_id"))
         if ids is None:
             return ()
@@ -76,28 +83,32 @@ class ModelFolder:
 
     @property
     def attends_in_windows(self) -> bool:
-        """Whether some layer's queries see only the last so many keys."""
-        kinds = self.config.get("layer_types") or ()
-        return any("sliding" in kind for kind in kinds) or bool(self.config.get("use_sliding_window"))
+        """Whether any layer uses sliding-window attention."""
+        layer_types = self.config.get("layer_types") or ()
+        return any("sliding" in layer_type for layer_type in layer_types) or bool(self.config.get("use_sliding_window"))
 
     @property
     def quantization(self) -> dict[str, Any] | None:
-        """`{"group_size", "bits"}` when MLX quantised the folder, else None."""
-        found = self.config.get("quantization")
-        return found if isinstance(found, dict) else None
+        """The settings `{"group_size", "bits"}` if MLX quantised the folder, else None."""
+        settings = self.config.get("quantization")
+        return settings if isinstance(settings, dict) else None
 
     def layer_quantization(self, module: str) -> tuple[int, int]:
-        """(group size, bits) of a layer of a quantised folder; mlx-lm lets one differ from the rest."""
+        """Return (group size, bits) of a layer of a quantised folder; they may differ between layers."""
         settings = self.quantization
         assert settings is not None, "the folder is not quantised"
-        own = settings.get(module)
-        chosen = {**settings, **own} if isinstance(own, dict) else settings
-        return int(chosen["group_size"]), int(chosen["bits"])
+        overrides = settings.get(module)
+        layer_settings = {**settings, **overrides} if isinstance(overrides, dict) else settings
+        return int(layer_settings["group_size"]), int(layer_settings["bits"])
 
     @cached_property
     def linear_layers(self) -> dict[str, tuple[int, int]]:
-        """Every linear layer of every block: Hugging Face module path -> (out, in)."""
-        found: dict[str, tuple[int, int]] = {}
+        """The linear layers of the transformer blocks: Hugging Face module path -> (out_features, in_features).
+
+        Raises:
+            FishError: there are none.
+        """
+        layers: dict[str, tuple[int, int]] = {}
         for name, info in self.weights.items():
             match = _BLOCK_WEIGHT.fullmatch(name)
             if match is None or len(info.shape) != 2:
@@ -105,14 +116,14 @@ class ModelFolder:
             out_features, in_features = info.shape
             if info.dtype == "U32" and self.quantization:
                 in_features = self.weights[f"{match[1]}.scales"].shape[1] * self.layer_quantization(match[1])[0]
-            found[match[1]] = (out_features, in_features)
-        if not found:
+            layers[match[1]] = (out_features, in_features)
+        if not layers:
             raise FishError(f"{self.path} has no linear layers named model.layers.N.…; is it a causal language model?")
-        return found
+        return layers
 
     @property
     def num_parameters(self) -> int:
-        """Parameters before quantisation; a tied head counts once."""
+        """Number of parameters before quantisation; a tied head is counted once."""
         if not self.quantization:
             return self.weights.num_parameters
         total = 0
@@ -128,10 +139,11 @@ class ModelFolder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells two bases of the same shape apart, whatever float type they are stored in.
+        """Hash that identifies the base model, independent of the float dtype it is stored in.
 
-        A sha256 over names, shapes and the first values of every tensor, rounded to bfloat16. A folder that was converted
-        carries the fingerprint of its source, since quantised values would give another.
+        It distinguishes models of identical shape: a sha256 of the names, shapes and first values of all
+        tensors, rounded to bfloat16. A converted folder records the fingerprint of its source, because
+        quantised values would change it.
         """
         recorded = self.record.get("fingerprint")
         if isinstance(recorded, str):
@@ -142,12 +154,18 @@ class ModelFolder:
         info = self.weights[name]
         if info.dtype not in NAMES:
             return None
-        width = (info.end - info.start) // max(1, _size(info.shape))
-        return decode(self.weights.raw(name)[: FINGERPRINT_VALUES * width], info.dtype, name)
+        item_size = (info.end - info.start) // max(1, _size(info.shape))
+        return decode(self.weights.raw(name)[: FINGERPRINT_VALUES * item_size], info.dtype, name)
 
 
 def fingerprint_of(shapes: Mapping[str, tuple[int, ...]], first_values: Callable[[str], Float32 | None]) -> str:
-    """The fingerprint of any model: `first_values` gives a tensor's first `FINGERPRINT_VALUES` numbers, or None."""
+    """Return the fingerprint of a model.
+
+    Args:
+        shapes: tensor name -> shape.
+        first_values: returns the first `FINGERPRINT_VALUES` values of a tensor, or None if they are not
+            included.
+    """
     digest = hashlib.sha256()
     for name in sorted(shapes):
         digest.update(f"{name}{list(shapes[name])}".encode())
@@ -165,10 +183,10 @@ def _size(shape: tuple[int, ...]) -> int:
 
 
 def with_both_rope_forms(config: dict[str, Any]) -> dict[str, Any]:
-    """Add `rope_theta` beside `rope_parameters`, or the reverse.
+    """Return the config with both `rope_theta` and `rope_parameters`, if it has one of them.
 
-    transformers 5 writes only `rope_parameters`; mlx-lm and Ollama read only `rope_theta` (without it they compute with
-    another base and say nothing).
+    transformers 5 writes only `rope_parameters`; mlx-lm and Ollama read only `rope_theta`, and silently use a
+    different base without it.
     """
     config = dict(config)
     parameters = config.get("rope_parameters")
@@ -183,13 +201,16 @@ def with_both_rope_forms(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def copy_tokenizer(source: Path, target: Path, *, chat_template: str | None = None) -> None:
-    """Copy the tokenizer files, with the chat template in both places where readers look for one.
+    """Copy the tokenizer files, with the chat template in both chat_template.jinja and tokenizer_config.json.
 
     Args:
-        chat_template: written in place of the source's own template.
+        chat_template: replaces the source's own template.
+
+    Raises:
+        FishError: the source has no tokenizer.json.
     """
     if not (source / "tokenizer.json").is_file():
-        raise FishError(f"{source} has no tokenizer.json; fetch the tokenizer files of the model.")
+        raise FishError(f"{source} has no tokenizer.json; download the model's tokenizer files.")
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

@@ -1,4 +1,4 @@
-"""A model to convert, read in one way whatever it is stored in: a Hugging Face folder or a GGUF file."""
+"""Open a model for conversion through one interface, stored as a Hugging Face folder or a GGUF file."""
 
 import math
 from collections.abc import Callable
@@ -18,13 +18,17 @@ HEAD = "lm_head.weight"
 
 @dataclass(frozen=True)
 class Source:
-    """A model, whatever it is stored in.
+    """A model to convert, independent of its storage format.
 
     Attributes:
-        shapes: the tensors to write, in order.
-        read: name -> float32 array.
-        dtype: the float type that most weights have.
-        folder: where it lies as safetensors, or None.
+        name: Hub id, or path of the folder or GGUF file.
+        revision: commit hash of a Hub model.
+        config, generation_config: the contents of config.json and generation_config.json.
+        fingerprint: see `ModelFolder.fingerprint`.
+        dtype: the dtype of most weights.
+        shapes: tensor name -> shape, in the order to write.
+        read: returns a tensor by name as a float32 array.
+        folder: the folder with the model as safetensors; None for a GGUF file.
         write_tokenizer: writes the tokenizer files into a folder.
     """
 
@@ -41,14 +45,17 @@ class Source:
 
     @property
     def num_parameters(self) -> int:
+        """Total number of elements of the tensors to write."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
 
 def open_source(name: str, *, revision: str | None = None) -> Source:
-    """Find a model and check that it can be converted; a folder that MLX quantised is replaced by its original.
+    """Find a model and check that it can be converted.
+
+    For a folder that MLX quantised, the original model it was converted from is opened instead.
 
     Raises:
-        FishError: not found, or stored in a way that is not read here (named).
+        FishError: the model is not found, or its format is not supported.
     """
     if name.endswith(".gguf") and "\0" not in name:
         return _gguf_source(Path(name).expanduser())
@@ -58,33 +65,34 @@ def open_source(name: str, *, revision: str | None = None) -> Source:
     original = folder.record.get("source")
     if not isinstance(original, str) or Path(original) == folder.path.resolve():
         raise FishError(
-            f"{folder.path} was quantised by MLX to {folder.quantization.get('bits')} bits, and expanding it would not bring "
-            "back what was lost; convert the original model instead."
+            f"{folder.path} was quantised by MLX to {folder.quantization.get('bits')} bits, and dequantising it would "
+            "not restore the lost precision; convert the original model instead."
         )
     return open_source(original, revision=folder.revision)
 
 
 def _folder_source(folder: ModelFolder) -> Source:
     config, weights = folder.config, folder.weights
-    method = config.get("quantization_config")
-    if method:
-        kind = method.get("quant_method", "some") if isinstance(method, dict) else "some"
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
         raise FishError(
-            f"{folder.name} holds {kind} quantised weights, which are not read; convert the unquantised model."
+            f"{folder.name} has quantised weights (method {method}), which are not supported; "
+            "convert the unquantised model."
         )
     names = [name for name in weights if not name.endswith(".rotary_emb.inv_freq")]  # recomputed from the config
     if HEAD in weights and config.get("tie_word_embeddings"):
         names.remove(HEAD)
     elif HEAD not in weights and config.get("tie_word_embeddings") is False:
         raise FishError(
-            f"{folder.path} has no {HEAD}, though its config.json says that the head is its own; fetch it again."
+            f"{folder.path} has no {HEAD}, although tie_word_embeddings is false in its config.json; download it again."
         )
     for name in names:
         if weights[name].dtype not in NAMES:
             stored = weights[name].dtype
             raise FishError(f"{folder.name} stores {name} as {stored}; float32, float16 or bfloat16 was expected.")
     if not (folder.path / "tokenizer.json").is_file():
-        raise FishError(f"{folder.path} has no tokenizer.json; fetch the tokenizer files of the model.")
+        raise FishError(f"{folder.path} has no tokenizer.json; download the model's tokenizer files.")
     return Source(
         name=folder.name,
         revision=folder.revision,
@@ -104,8 +112,10 @@ def _gguf_source(path: Path) -> Source:
     shapes = model.shapes
 
     def first_values(name: str) -> Float32:
-        rows = -(-FINGERPRINT_VALUES // math.prod(shapes[name][1:])) if len(shapes[name]) > 1 else FINGERPRINT_VALUES
-        return model.read(name, rows=rows).reshape(-1)[:FINGERPRINT_VALUES]
+        num_rows = (
+            -(-FINGERPRINT_VALUES // math.prod(shapes[name][1:])) if len(shapes[name]) > 1 else FINGERPRINT_VALUES
+        )
+        return model.read(name, rows=num_rows).reshape(-1)[:FINGERPRINT_VALUES]
 
     return Source(
         name=str(path.resolve()),

@@ -1,4 +1,4 @@
-"""What training minimises: rows of a data set to labelled tokens, and the tokens' log-probabilities to a loss."""
+"""Training objectives: how rows of a dataset become supervised tokens, and how log-probabilities become a loss."""
 
 from mlx_fish.objectives.objective import Objective
 from mlx_fish.objectives.pt import PT

@@ -1,8 +1,8 @@
-"""The protocol between the loop, the backends and what is minimised.
+"""Define the interface of a training objective.
 
-A backend computes the log-probability of every labelled token of a batch, and carries the gradient of a scalar made of them
-back to the adapter. An objective decides everything else, in plain functions: how a row of a data set is read, which of its
-tokens are labels, how rows lie in a batch, and which scalar is minimised.
+A backend computes the log-probability of every supervised token of a batch, and the gradient of a scalar loss of these
+log-probabilities with respect to the adapter. An objective defines everything else, as plain functions: how a row of a
+dataset is read, which of its tokens are supervised, how rows are collated into a batch, and which loss is minimised.
 
     row --rows--> turns --tokenise--> Tokens --collate--> Batch --backend--> log-probabilities --loss--> scalar
 """
@@ -18,12 +18,12 @@ from mlx_fish.data.tokens import Tokens
 
 
 class Labels(NamedTuple):
-    """What a loss knows of the N labels of a batch, as arrays of the framework that computes.
+    """The N labels of a batch as a loss function sees them, in arrays of the backend's framework.
 
     Attributes:
-        weights: (N,) float32, the share of each label in the loss: 1 / (labels of the whole update), 1 in an evaluation,
-            0 for a slot that only fills the batch up. A loss that is a sum over labels multiplies by it.
-        owners: (N,) int32, the row of the batch to which each label belongs.
+        weights: (N,) float32, the weight of each label in the loss: 1 / (number of labels in the whole update) in
+            training, 1 in evaluation, 0 for padding. A loss that is a sum over labels multiplies by it.
+        owners: (N,) int32, the index of the batch's row to which each label belongs.
     """
 
     weights: Any
@@ -31,14 +31,16 @@ class Labels(NamedTuple):
 
 
 class LossFunction(Protocol):
-    """Log-probabilities (N,) float32 of the labelled tokens -> the scalar to minimise, in the operations that arrays of MLX
-    and torch have in common. All labels of a row come in one call."""
+    """A loss: log-probabilities of the labels, (N,) float32 -> scalar.
+
+    It uses only operations that MLX arrays and torch tensors share. All labels of a row are in the same call.
+    """
 
     def __call__(self, log_probs: Any, labels: Labels) -> Any: ...
 
 
 class Tokenise(Protocol):
-    """Examples -> rows of tokens, at most `max_length` ids each; rows that cannot be taken are added to `mistakes`."""
+    """Tokenise examples into rows of at most `max_length` ids. Unusable examples are added to `mistakes`."""
 
     def __call__(
         self, examples: Sequence[Example], template: Template, max_length: int, mistakes: Mistakes
@@ -46,19 +48,23 @@ class Tokenise(Protocol):
 
 
 class Collate(Protocol):
-    """Rows -> a batch, laid end to end when `packing`, filled up to `capacity` (None: to what the rows need)."""
+    """Collate rows into a packed or padded batch with the sizes of `capacity`; None: the sizes that the rows need."""
 
     def __call__(self, rows: Sequence[Tokens], *, packing: bool = ..., capacity: Capacity | None = ...) -> Batch: ...
 
 
 @dataclass(frozen=True)
 class Objective:
-    """One way of training, by the name that `--stage` gives it.
+    """A training objective, selected with `--stage`.
 
     Attributes:
-        rows: what a row of the data set is.
-        opening: the turns of an example that a sample answer goes on from.
-        template: the prompt template that it needs; None: the one that `--template` names.
+        name: value of `--stage`.
+        rows: the kind of a dataset row: conversation or document.
+        opening: returns the turns of an example that prompt a sample answer.
+        tokenise: converts examples into rows of token ids.
+        collate: builds a batch from rows.
+        loss: the loss to minimise.
+        template: the prompt template that the objective requires; None: the one selected with `--template`.
     """
 
     name: str
@@ -71,5 +77,5 @@ class Objective:
 
 
 def negative_log_likelihood(log_probs: Any, labels: Labels) -> Any:
-    """The weighted sum of -log p over the labels: cross-entropy in nats."""
+    """Return the weighted sum of -log p over the labels: the cross-entropy, nats."""
     return -(log_probs * labels.weights).sum()

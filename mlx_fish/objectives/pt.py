@@ -1,9 +1,9 @@
-"""Continued pretraining on raw text: every token of a document is learnt, and the end token after it.
+"""Continued pretraining on raw text: every token of a document and the end token after it are supervised.
 
-document   B a b c d e f g h E        B: the tokenizer's BOS, where it adds one; E: its end token
+document   B a b c d e f g h E        B: the tokenizer's BOS token, if it adds one; E: its end token
 rows of 5  B a b c d
-                   d e f g h          a row begins with the last token of the one before, so that each is predicted once
-                           h E
+                   d e f g h          a row starts with the last token of the previous one, so that each token
+                           h E        is predicted once
 """
 
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ from mlx_fish.data.tokens import Tokens
 from mlx_fish.errors import FishError
 from mlx_fish.objectives.objective import Objective, negative_log_likelihood
 
-OPENING_CHARACTERS = 40
+OPENING_CHARACTERS = 40  # maximum length of the prompt of a sample answer
 
 
 def tokenise(examples: Sequence[Example], template: Template, max_length: int, mistakes: Mistakes) -> list[Tokens]:
-    """Each document as rows of at most `max_length` ids; one that holds a control token is added to `mistakes`."""
+    """Tokenise each document into rows of at most `max_length` ids. Documents with control tokens go to `mistakes`."""
     rows: list[Tokens] = []
     for example in examples:
         try:
@@ -39,7 +39,7 @@ def tokenise(examples: Sequence[Example], template: Template, max_length: int, m
 
 
 def opening(example: Example) -> tuple[Turn, ...]:
-    """The first words of the document, half of it at most."""
+    """Return the beginning of the document, at most half of it, as a user turn."""
     text = example.turns[0].content
     return (Turn("user", text[: min(OPENING_CHARACTERS, -(-len(text) // 2))]),)
 

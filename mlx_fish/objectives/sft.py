@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: conversations whose answers, end tokens included, are learnt."""
+"""Supervised fine-tuning on conversations: the assistant's answers, end tokens included, are supervised."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,11 @@ from mlx_fish.objectives.objective import Objective, negative_log_likelihood
 
 
 def tokenise(examples: Sequence[Example], template: Template, max_length: int, mistakes: Mistakes) -> list[Tokens]:
-    """One row of tokens a conversation; those that the template or the length limit cannot take are added to `mistakes`."""
+    """Tokenise each conversation into one row, truncated to `max_length` ids.
+
+    Conversations that the template rejects, or that have no supervised token within the limit, are added to
+    `mistakes`.
+    """
     rows = []
     for example in examples:
         try:
@@ -26,7 +30,7 @@ def tokenise(examples: Sequence[Example], template: Template, max_length: int, m
 
 
 def opening(example: Example) -> tuple[Turn, ...]:
-    """Everything before the first answer."""
+    """Return the turns before the first answer."""
     first_answer = next(number for number, turn in enumerate(example.turns) if turn.role == "assistant")
     return example.turns[:first_answer]
 

@@ -1,1 +1,1 @@
-"""Everything decided before a model loads: rows, layers and updates, peak memory, time."""
+"""Plan a run before a model loads: rows, layers, number of updates, peak memory and time."""

@@ -1,4 +1,7 @@
-"""All that is decided before a model loads: rows as tokens, layers to adapt, the number of updates. Loads a tokenizer, no model."""
+"""Decide everything that a run needs before a model loads: tokenised rows, layers to adapt, number of updates.
+
+Loads a tokenizer, but no model.
+"""
 
 import hashlib
 import math
@@ -23,14 +26,17 @@ from mlx_fish.tracking.events import say
 
 @dataclass(frozen=True)
 class Job:
-    """All that is decided before a model loads.
+    """Everything about a run that is decided before a model loads.
 
     Attributes:
-        rows, valid_rows: the rows trained on, and those of each validation, out of `num_valid_rows`.
-        skipped: broken rows left out (`--skip-bad-rows`).
-        num_blocks: the model's blocks, adapted or not.
-        sample: the turns that are answered before training and after it: the data set's own sample question, else a validation
-            row's (where there is none, a training row's).
+        rows: tokenised training rows.
+        valid_rows: tokenised rows of each validation, the first of the `num_valid_rows` available.
+        spec: the layers to adapt, with rank and scale.
+        iters: number of optimizer updates.
+        num_blocks: transformer blocks of the model, adapted or not.
+        skipped: broken rows that were left out (`--skip-bad-rows`).
+        sample: the turns of the prompt that is answered before and after training: the data set's sample
+            question if it has one, else the prompt of a validation row, else of a training row.
     """
 
     config: TrainConfig
@@ -50,7 +56,10 @@ class Job:
 
     @cached_property
     def digest(self) -> str:
-        """A sha256 over the ids and masks of all rows, in order: what data, tokenizer and template come to."""
+        """SHA-256 of the token ids and loss masks of all rows, in order.
+
+        It identifies the combination of data, tokenizer and template.
+        """
         digest = hashlib.sha256()
         for row in self.rows + self.valid_rows:
             digest.update(
@@ -60,29 +69,33 @@ class Job:
 
 
 def load_data(config: TrainConfig, found_at: Path | None = None) -> Dataset:
-    """The data set, with rows to train on.
+    """Load the data set.
 
     Args:
-        found_at: where an earlier part of the run found it, see `load_dataset`.
+        found_at: the path from which an earlier part of the run loaded it, see `load_dataset`.
+
+    Raises:
+        FishError: the data cannot be read, or have no training rows.
     """
     kind = OBJECTIVES[config.stage].rows
     dataset = load_dataset(config.data, kind=kind, skip_bad_rows=config.skip_bad_rows, found_at=found_at)
     if not dataset.splits["train"]:
-        raise _no_rows(config)
+        raise _no_rows_error(config)
     return dataset
 
 
-def _no_rows(config: TrainConfig) -> FishError:
+def _no_rows_error(config: TrainConfig) -> FishError:
     return FishError(
         f"--data {config.data} has no training rows (a single file is split 80/10/10 by content); add rows."
     )
 
 
 def make_job(config: TrainConfig, folder: ModelFolder, dataset: Dataset) -> Job:
-    """Tokenise, choose the layers and count the updates. Loads a tokenizer, no model.
+    """Tokenise the rows, choose the layers and count the updates. Loads a tokenizer, but no model.
 
     Raises:
-        FishError: settings that do not fit the model, or rows that the template or the length limit cannot take, told together.
+        FishError: the settings do not fit the model; or rows do not fit the template or the length limit, all
+            reported together.
     """
     objective = OBJECTIVES[config.stage]
     layers = choose_layers(folder.linear_layers, target=config.lora_target, num_layers=config.num_layers)
@@ -97,14 +110,14 @@ def make_job(config: TrainConfig, folder: ModelFolder, dataset: Dataset) -> Job:
         skipped.refuse()
     _check_ids(rows + valid_rows, folder)
     if not rows:
-        raise _no_rows(config)
+        raise _no_rows_error(config)
     updates = Updates(
         rows,
         batch_size=config.batch_size,
         accumulation=config.grad_accumulation,
         seed=config.seed,
         collate=objective.collate,
-        packing=config.packing and not folder.attends_in_windows,  # the grid of packed rows knows no window
+        packing=config.packing and not folder.attends_in_windows,  # the packed attention grid has no sliding window
     )
     iters = config.iters or max(1, math.ceil(config.epochs * updates.per_epoch))
     limit = config.eval_rows or (
@@ -135,33 +148,34 @@ def make_job(config: TrainConfig, folder: ModelFolder, dataset: Dataset) -> Job:
 
 
 def _sample(dataset: Dataset, objective: Objective) -> tuple[Turn, ...]:
+    """Choose the prompt that is answered before and after training."""
     if dataset.sample_questions:
         return (Turn("user", dataset.sample_questions[0]),)
     return objective.opening((dataset.splits["valid"] or dataset.splits["train"])[0])
 
 
 def _check_ids(rows: Sequence[Tokens], folder: ModelFolder) -> None:
-    """Every id has an embedding: tokens added to a tokenizer alone have none."""
-    known = int(folder.config["vocab_size"])
+    """Check that every token id has an embedding; tokens that were added to the tokenizer alone have none."""
+    vocab_size = int(folder.config["vocab_size"])
     for row in rows:
-        if (most := int(row.ids.max())) >= known:
+        if (max_id := int(row.ids.max())) >= vocab_size:
             raise FishError(
-                f"{row.where} has the token id {most}, and {folder.name} has {known} embeddings; "
-                "take the tokenizer that belongs to the model."
+                f"{row.where} contains token id {max_id}, but {folder.name} has only {vocab_size} embeddings; "
+                "use the tokenizer that belongs to the model."
             )
 
 
 def say_cut(rows: Sequence[Tokens], max_length: int) -> None:
-    """A cut answer is reported, never trained or measured as if whole."""
-    if cut := [row.where for row in rows if row.cut]:
+    """Warn about rows whose answers were truncated: they must not pass for complete in training or evaluation."""
+    if truncated := [row.where for row in rows if row.cut]:
         say(
-            f"! {len(cut)} rows are longer than --max-seq-length {max_length} and were cut, without an end token: "
-            f"{', '.join(cut[:3])}{'…' if len(cut) > 3 else ''}"
+            f"! {len(truncated)} rows are longer than --max-seq-length {max_length} and were truncated, "
+            f"without an end token: {', '.join(truncated[:3])}{'…' if len(truncated) > 3 else ''}"
         )
 
 
 def describe(job: Job) -> None:
-    """Say what is trained on what."""
+    """Print the model, the adapter, the data and the schedule of a run, with warnings."""
     parameters, trainable = job.folder.num_parameters, job.spec.num_parameters
     tokens = sum(len(row.ids) for row in job.rows)
     supervised = sum(row.num_supervised for row in job.rows)
@@ -182,20 +196,21 @@ def describe(job: Job) -> None:
         f"({job.iters / job.updates.per_epoch:.2f} epochs), learning rate {config.learning_rate:g}, {config.schedule}"
     )
     if config.packing and not job.updates.packing:
-        say(f"! {job.folder.name} attends in windows, so rows are padded, not packed")
+        say(f"! {job.folder.name} uses sliding-window attention, so rows are padded, not packed")
     say_cut(job.rows + job.valid_rows, config.max_seq_length)
     if config.warmup > job.iters:
-        say(f"! --warmup {config.warmup} is longer than the run, which never reaches the learning rate")
+        say(f"! --warmup {config.warmup} is longer than the run, so the learning rate never reaches its peak")
     if job.skipped.count:
-        say(f"! {job.skipped.count} broken rows are left out; the first: {job.skipped.first[0]}")
+        say(f"! {job.skipped.count} broken rows are skipped; the first: {job.skipped.first[0]}")
     if not job.valid_rows:
-        say("! no validation rows: the data set is too small to hold some out")
+        say("! no validation rows: the data set is too small to hold any out")
 
 
 def sample_question(job: Job) -> str:
-    """What is asked before training and after it, on one line."""
+    """Return the question that is answered before and after training, on one line."""
     return " ".join(job.sample[-1].content.split())
 
 
 def end_ids(job: Job) -> tuple[int, ...]:
+    """Return the token ids that end an answer: the template's end token, then the model's own."""
     return tuple(dict.fromkeys((job.template.end_token_id, *job.folder.end_token_ids)))

@@ -1,7 +1,9 @@
-"""What a machine can hold and how fast it computes: this one, and the Mac minis that mlx-fish is made for. Imports no framework.
+"""Describe the memory and speed of this machine and of the Mac minis that mlx-fish is made for.
 
-Metal lets a program use part of the memory (its recommended working set); beyond that the system swaps or ends the process, and
-there is no error to catch. So a plan leaves a share of it free.
+Imports no framework.
+
+Metal lets a program use part of the memory (its recommended working set). Beyond that, the system swaps or
+kills the process, and there is no error to catch, so a plan leaves a share of the working set free.
 """
 
 import os
@@ -25,13 +27,13 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Machine:
-    """A computer, and what of it a training run may use.
+    """A machine as the planner sees it.
 
     Attributes:
-        memory: bytes of RAM, None where it is not known.
-        device: what computes: a processor, Apple's GPU (which shares the memory), or NVIDIA's (then its memory is meant).
-        flops: float operations a second in a matrix product, None where unknown.
-        bandwidth: bytes a second from memory, None where unknown.
+        memory: bytes of RAM, or of GPU memory for `cuda`; None if unknown.
+        device: the CPU, Apple's GPU (which shares the RAM) or an NVIDIA GPU.
+        flops: floating-point operations per second in a matrix product; None if unknown.
+        bandwidth: memory bandwidth, bytes per second; None if unknown.
     """
 
     name: str
@@ -42,18 +44,22 @@ class Machine:
 
     @property
     def working_set(self) -> int | None:
-        """Bytes that a program may hold. Metal recommends two thirds of up to 32 GiB, three quarters of more."""
+        """Bytes that a program may hold; None if unknown.
+
+        Metal recommends two thirds of the memory up to 32 GiB, and three quarters above.
+        """
         if self.memory is None or self.device != "metal":
             return self.memory
         return self.memory * 2 // 3 if self.memory <= 32 * GIB else self.memory * 3 // 4
 
     @property
     def usable(self) -> int | None:
-        """Bytes that a plan lets a run use."""
+        """Bytes that a plan allows a run to use; None if unknown."""
         return None if self.working_set is None else int(USABLE_MEMORY * self.working_set)
 
 
-# Apple's figure for the bandwidth; matrix products were measured at 2.7 to 2.9 TFLOPS, float16 no faster than float32.
+# Bandwidth as published by Apple. Matrix products were measured at 2.7 to 2.9 TFLOP/s, float16 no faster than
+# float32.
 M4_FLOPS, M4_BANDWIDTH = 2.8e12, 120e9
 MAC_MINIS = tuple(
     Machine(f"Mac mini M4 {size} GB", size * GIB, "metal", M4_FLOPS, M4_BANDWIDTH) for size in (16, 24, 32)
@@ -61,18 +67,18 @@ MAC_MINIS = tuple(
 
 
 def this_machine(backend: str) -> Machine:
-    """The machine that runs this, as far as a backend (`mlx` or `torch`) would compute on it."""
+    """Return this machine, with the device that a backend (`mlx` or `torch`) would compute on."""
     if _has_cuda(backend):
-        return _nvidia()
-    memory, chip = memory_of_this_machine(), _chip()
+        return _nvidia_machine()
+    memory, chip = total_memory(), _chip_name()
     if sys.platform == "darwin" and platform.machine() == "arm64":
         known = chip == "Apple M4"
         return Machine(chip, memory, "metal", M4_FLOPS if known else None, M4_BANDWIDTH if known else None)
-    return Machine(chip, memory, "cpu", *_speed())
+    return Machine(chip, memory, "cpu", *_measure_speed())
 
 
-def memory_of_this_machine() -> int | None:
-    """Bytes of RAM, or what a container may have of it; None where the system does not say."""
+def total_memory() -> int | None:
+    """Return the bytes of RAM, or the container's limit if that is lower; None if unknown."""
     if sys.platform == "win32":
         import psutil
 
@@ -85,16 +91,18 @@ def memory_of_this_machine() -> int | None:
 
 
 def _container_limits() -> list[int]:
-    places = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-    texts = [Path(place).read_text(encoding="ascii").strip() for place in places if Path(place).is_file()]
+    paths = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+    texts = [Path(path).read_text(encoding="ascii").strip() for path in paths if Path(path).is_file()]
     return [int(text) for text in texts if text.isdigit() and int(text) > 0]
 
 
 def _visible_gpu() -> str | None:
-    """The GPU that a process would take, as nvidia-smi calls it (an index or a UUID); None where CUDA_VISIBLE_DEVICES hides all.
+    """Return the nvidia-smi id (index or UUID) of the first visible GPU; None if all are hidden.
 
-    Where GPUs of several kinds are mixed, CUDA counts the fastest first and nvidia-smi by slot, unless CUDA_DEVICE_ORDER says
-    PCI_BUS_ID; then an index may be that of another one.
+    CUDA_VISIBLE_DEVICES hides GPUs.
+
+    On a machine with different GPU models, CUDA numbers the fastest first and nvidia-smi by slot, unless
+    CUDA_DEVICE_ORDER is PCI_BUS_ID. Without that setting, an index may refer to another GPU.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
@@ -104,34 +112,34 @@ def _visible_gpu() -> str | None:
 
 
 def _has_cuda(backend: str) -> bool:
-    """Whether the framework installed was built for CUDA, a driver is there, and a GPU is visible. Imports no framework."""
+    """Return whether the installed framework supports CUDA, a driver is present and a GPU is visible."""
     if shutil.which("nvidia-smi") is None or _visible_gpu() is None:
         return False
-    installed = {found.name.lower(): found.version for found in distributions()}
+    installed = {distribution.name.lower(): distribution.version for distribution in distributions()}
     if backend == "mlx":
         return any(name.startswith("mlx-cuda") for name in installed)
     return not installed.get("torch", "+cpu").endswith("+cpu")
 
 
-def _nvidia() -> Machine:
-    """The first visible GPU; its memory is None if the driver does not say."""
-    asked = subprocess.run(
+def _nvidia_machine() -> Machine:
+    """Return the first visible NVIDIA GPU; its memory is None if the driver does not report it."""
+    result = subprocess.run(
         ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits", f"--id={_visible_gpu()}"],
         capture_output=True,
         text=True,
         check=False,
     )
-    name, _, size = asked.stdout.strip().rpartition(",")
+    name, _, size = result.stdout.strip().rpartition(",")
     return Machine(name or "NVIDIA GPU", int(size) << 20 if size.strip().isdigit() else None, "cuda")
 
 
-def _chip() -> str:
-    """The processor's name, such as `Apple M4`."""
+def _chip_name() -> str:
+    """Return the processor's name, such as `Apple M4`."""
     if sys.platform == "darwin":
-        asked = subprocess.run(
+        result = subprocess.run(
             ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
         )
-        return asked.stdout.strip() or platform.machine()
+        return result.stdout.strip() or platform.machine()
     if sys.platform == "linux":
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
@@ -139,30 +147,34 @@ def _chip() -> str:
     return platform.processor() or platform.machine()
 
 
-def _speed() -> tuple[float, float]:
-    """(operations a second in a float32 product, bytes a second of a copy), measured with NumPy in some tens of milliseconds."""
+def _measure_speed() -> tuple[float, float]:
+    """Measure float32 matrix-product throughput (FLOP/s) and copy bandwidth (bytes/s).
+
+    Uses NumPy and takes some tens of milliseconds.
+    """
     left = np.ones((768, 768), np.float32)
     source = np.ones(1 << 23, np.float32)
     target = np.empty_like(source)
-    product = _best(lambda: left @ left)
-    copy = _best(lambda: np.copyto(target, source))
+    product = _fastest(lambda: left @ left)
+    copy = _fastest(lambda: np.copyto(target, source))
     return 2 * 768**3 / product, 2 * source.nbytes / copy
 
 
-def _best(work: Callable[[], object]) -> float:
+def _fastest(function: Callable[[], object]) -> float:
+    """Return the shortest of four timings, in seconds."""
     times = []
     for _ in range(4):
         started = time.perf_counter()
-        work()
+        function()
         times.append(time.perf_counter() - started)
     return min(times)
 
 
 def parse_memory(text: str) -> int:
-    """`16GB` -> bytes. A machine's memory is sold in units of 1024, so that is what GB means here.
+    """Parse a memory size such as `16GB` into bytes. Memory is sold in powers of 1024, so GB means GiB here.
 
     Raises:
-        ValueError: it is no such size.
+        ValueError: the text is not a positive, finite size with a unit.
     """
     digits = text.strip().upper().removesuffix("B").removesuffix("I")
     factor = {"M": 1 << 20, "G": GIB, "T": 1 << 40}.get(digits[-1:])

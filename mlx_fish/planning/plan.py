@@ -1,6 +1,7 @@
-"""What a run will take, told before it: peak memory by part, whether that fits, the time, and what would fit instead.
+"""Predict peak memory and time before training, and suggest settings that fit.
 
-Knows a job (rows, layers, batches) and a machine; loads no model and imports no framework. `train` asks the same question first.
+Needs a job (rows, layers, batches) and a machine; loads no model and imports no framework. `train` makes the
+same plan first.
 """
 
 import math
@@ -16,25 +17,31 @@ from mlx_fish.models.hub import find_model
 from mlx_fish.planning.job import Job, describe, load_data, make_job
 from mlx_fish.planning.machine import GIB, MAC_MINIS, Machine, this_machine
 from mlx_fish.planning.memory import Peak, Shape
-from mlx_fish.planning.outlook import Largest, Outlook
+from mlx_fish.planning.outlook import LargestFit, Outlook
 from mlx_fish.tracking.events import say
 from mlx_fish.tracking.terminal import size_text
 
-PARTS = {
+PART_TITLES = {
     "weights": "weights", "adapter": "adapter, AdamW", "activations": "activations", "attention": "attention",
-    "loss": "loss", "framework": "torch itself",
+    "loss": "loss", "framework": "torch runtime",
 }  # fmt: skip
 
 
 def plan(config: TrainConfig, *, memory: int | None = None) -> tuple["Plan", list["Plan"]]:
-    """Run the whole of `mlx-fish plan`: the plan on this machine (as if it had `memory` bytes), and those on the Mac minis known.
+    """Run `mlx-fish plan`.
+
+    Args:
+        memory: plan for a machine with this many bytes of memory; None: this machine's own.
+
+    Returns:
+        the plan for this machine, and the plans for the known Mac minis.
 
     Raises:
-        FishError: any mistake that `train` with these settings would find before it loads the model.
+        FishError: any error that `train` with these settings would raise before it loads the model.
     """
     choose_backend(config.backend)  # before the tokenizer imports transformers
     check_template_name(config.template)
-    dataset = load_data(config)  # its mistakes are told before a model is looked for
+    dataset = load_data(config)  # validate data before locating the model
     job = make_job(config, find_model(config.model), dataset)
     describe(job)
     machine = this_machine(choose_backend(config.backend))
@@ -44,34 +51,40 @@ def plan(config: TrainConfig, *, memory: int | None = None) -> tuple["Plan", lis
 
 
 def planned(job: Job, *, force: bool = False, resuming: bool = False) -> Job:
-    """What `train` does with a job before the model loads: say its plan in a line, and refuse what cannot fit, unless forced.
+    """Print the plan of a job in one line before `train` loads the model, and refuse a job that cannot fit.
+
+    Args:
+        force: accept a job that cannot fit.
+        resuming: the job resumes an existing run, so the advice differs.
 
     Returns:
-        the job with `--grad-checkpoint auto` decided, as run.json records it.
+        the job with `--grad-checkpoint auto` resolved, as run.json records it.
 
     Raises:
-        FishError: it cannot fit; with what would.
+        FishError: the job cannot fit; the message suggests settings that do.
     """
-    found = make_plan(job)
-    say(f"  plan        {line(found)}")
+    job_plan = make_plan(job)
+    say(f"  plan        {summary_line(job_plan)}")
     if not force:
-        refuse(found, resuming=resuming)
-    return replace(job, config=replace(job.config, grad_checkpoint="on" if found.grad_checkpoint else "off"))
+        refuse(job_plan, resuming=resuming)
+    return replace(job, config=replace(job.config, grad_checkpoint="on" if job_plan.grad_checkpoint else "off"))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is told of a run.
+    """The prediction for one run on one machine.
 
     Attributes:
-        grad_checkpoint: asked for, or with `auto` that memory needs it.
-        worst: the micro-batch that causes the peak.
-        usable: bytes that the run may take; None where the memory is not known.
-        fits: None where that is not known.
-        seconds: an estimate; None where the machine's speed is not known.
-        largest: what fits without and with --grad-checkpoint; None where the memory is not known.
-        advice: changes of which each alone makes the run fit, most welcome first; empty when it fits, or nothing helps.
-        rough: the peak is a guess, not a model that was measured.
+        grad_checkpoint: whether the run checkpoints activations, with `auto` resolved.
+        peak: predicted peak memory by part, bytes.
+        worst: shape of the micro-batch that causes the peak.
+        usable: bytes that the run may use; None if the machine's memory is unknown.
+        fits: whether the peak is within `usable`; None if that is unknown.
+        seconds: estimated training time; None if the machine's speed is unknown.
+        largest: the largest settings that fit without and with --grad-checkpoint; None if the memory is
+            unknown.
+        advice: changes that each make the run fit, least intrusive first; empty if it fits or nothing helps.
+        rough: the peak is a guess, not the prediction of a measured model.
     """
 
     machine: Machine
@@ -82,27 +95,27 @@ class Plan:
     usable: int | None
     fits: bool | None
     seconds: float | None
-    largest: tuple[Largest, Largest] | None
+    largest: tuple[LargestFit, LargestFit] | None
     advice: tuple[str, ...]
     rough: bool
 
     @property
-    def must_be_refused(self) -> bool:
-        """Known not to fit. A rough peak proves nothing, but the weights are what they are."""
+    def cannot_fit(self) -> bool:
+        """Whether the run is certain not to fit. Of a rough peak, only the size of the weights is certain."""
         if self.usable is None:
             return False
         return (self.peak.weights if self.rough else self.peak.total) > self.usable
 
 
 def make_plan(job: Job, machine: Machine | None = None) -> Plan:
-    """The plan of a job, on this machine unless another one is given."""
+    """Return the plan of a job on `machine`, by default on this machine."""
     backend = choose_backend(job.config.backend)
     return _plan(Outlook(job, machine or this_machine(backend), backend))
 
 
 def _plan(outlook: Outlook) -> Plan:
-    asked = outlook.job.config.grad_checkpoint
-    grad_checkpoint = asked == "on" or (asked == "auto" and _needs_checkpointing(outlook))
+    setting = outlook.job.config.grad_checkpoint
+    grad_checkpoint = setting == "on" or (setting == "auto" and _needs_checkpointing(outlook))
     peak, worst = outlook.peak(grad_checkpoint=grad_checkpoint)
     usable = outlook.machine.usable
     fits = None if usable is None else peak.total <= usable
@@ -124,82 +137,89 @@ def _plan(outlook: Outlook) -> Plan:
 
 
 def mac_minis(job: Job) -> list[Plan]:
-    """The same run in MLX on Metal, on each Mac mini known."""
+    """Return the plans of the same run with MLX on Metal, one for each known Mac mini."""
     return [_plan(Outlook(job, mini, "mlx")) for mini in MAC_MINIS]
 
 
-def line(plan: Plan) -> str:
-    """The plan in one line, for the head of a run."""
-    of = f" of {size_text(plan.usable)} usable" if plan.usable is not None else ""
-    text = f"peak about {size_text(plan.peak.total)}{of}"
+def summary_line(plan: Plan) -> str:
+    """Return the plan in one line, for the header of a run."""
+    limit = f" of {size_text(plan.usable)} usable" if plan.usable is not None else ""
+    summary = f"peak about {size_text(plan.peak.total)}{limit}"
     if plan.rough:
-        text += " (a rough guess for torch)"
+        summary += " (a rough guess for torch)"
     if plan.seconds is not None:
-        text += f", about {duration(plan.seconds)}"
-    return text + (", --grad-checkpoint on" if plan.grad_checkpoint else "")
+        summary += f", about {duration(plan.seconds)}"
+    return summary + (", --grad-checkpoint on" if plan.grad_checkpoint else "")
 
 
 def refuse(plan: Plan, *, resuming: bool = False) -> None:
-    """
+    """Refuse a run that cannot fit.
+
     Raises:
-        FishError: the run cannot fit, with what would.
+        FishError: the run cannot fit; the message suggests settings that do.
     """
-    if not plan.must_be_refused:
+    if not plan.cannot_fit:
         return
     assert plan.usable is not None
     if resuming:
-        todo = "go on where there is more memory, or start anew with smaller settings and --overwrite"
+        remedy = "resume on a machine with more memory, or start a new run with smaller settings and --overwrite"
     elif plan.advice:
-        todo = f"any of these fits: {'; '.join(plan.advice)}"
+        remedy = f"any one of these changes makes it fit: {'; '.join(plan.advice)}"
     else:
-        todo = "take a smaller model"
+        remedy = "use a smaller model"
     raise FishError(
-        f"this run would hold about {size_text(plan.peak.total)} ({size_text(plan.peak.weights)} of it weights), and "
-        f"{size_text(plan.usable)} are usable on {plan.machine.name}; {todo}; `mlx-fish plan` tells more, --force tries all the same."
+        f"this run needs about {size_text(plan.peak.total)} ({size_text(plan.peak.weights)} of it weights), but only "
+        f"{size_text(plan.usable)} is usable on {plan.machine.name}; {remedy}; "
+        "see `mlx-fish plan` for details, or try anyway with --force."
     )
 
 
 def duration(seconds: float) -> str:
+    """Format a duration in seconds, minutes or hours."""
     if seconds < 90:
         return f"{math.ceil(seconds)} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _needs_checkpointing(outlook: Outlook) -> bool:
-    """Whether it does not fit without, and checkpointing can be had: torch has none beside dropout."""
+    """Return whether the run needs checkpointing and benefits from it; torch cannot combine it with dropout."""
     usable = outlook.machine.usable
     if usable is None or (outlook.backend == "torch" and outlook.job.config.lora_dropout):
         return False
-    without, with_it = (outlook.peak(grad_checkpoint=choice)[0].total for choice in (False, True))
-    return without > usable and with_it < without  # a validation may be the peak, which keeps no activations anyway
+    peak_without, peak_with = (outlook.peak(grad_checkpoint=choice)[0].total for choice in (False, True))
+    # The peak may be a validation batch, which keeps no activations: then checkpointing does not help.
+    return peak_without > usable and peak_with < peak_without
 
 
 def _advice(outlook: Outlook, grad_checkpoint: bool) -> Iterator[str]:
-    """Changes of which each makes the run fit, as the model says."""
+    """Yield changes that each make the run fit, according to the memory model."""
     config = outlook.job.config
-    rows = config.batch_size * config.grad_accumulation
+    rows_per_update = config.batch_size * config.grad_accumulation
     for checkpoint in (grad_checkpoint,) if grad_checkpoint else (False, True):
-        also = "--grad-checkpoint on " if checkpoint and config.grad_checkpoint != "on" else ""
+        prefix = "--grad-checkpoint on " if checkpoint and config.grad_checkpoint != "on" else ""
         batch_size = outlook.largest_batch(grad_checkpoint=checkpoint)
         if outlook.validation_fits():
-            if also and outlook.fits_as_it_is(grad_checkpoint=True):
-                yield also.strip()
+            if prefix and outlook.run_fits(grad_checkpoint=True):
+                yield prefix.strip()
                 continue
-            if fewer := min(batch_size, config.batch_size - 1):
-                yield f"{also}--batch-size {fewer} --grad-accumulation {math.ceil(rows / fewer)}"
+            if smaller_batch := min(batch_size, config.batch_size - 1):
+                accumulation = math.ceil(rows_per_update / smaller_batch)
+                yield f"{prefix}--batch-size {smaller_batch} --grad-accumulation {accumulation}"
         for size in dict.fromkeys((config.batch_size, 1)):
             length = outlook.largest_length(grad_checkpoint=checkpoint, batch_size=size)
             if length >= 64 and outlook.validation_fits(length):
-                smaller = "" if size == config.batch_size else f"--batch-size 1 --grad-accumulation {rows} "
-                yield f"{also}{smaller}--max-seq-length {length}"
+                batch_flags = (
+                    "" if size == config.batch_size else f"--batch-size 1 --grad-accumulation {rows_per_update} "
+                )
+                yield f"{prefix}{batch_flags}--max-seq-length {length}"
                 break
-    plain = outlook.backend == "mlx" and not outlook.job.folder.quantization
-    if plain and outlook.fits_in_four_bits(grad_checkpoint=grad_checkpoint):
-        yield "a base in 4 bits (`mlx-fish convert -q 4`)"
+    quantisable = outlook.backend == "mlx" and not outlook.job.folder.quantization
+    if quantisable and outlook.fits_with_four_bit_base(grad_checkpoint=grad_checkpoint):
+        yield "a 4-bit base (`mlx-fish convert -q 4`)"
 
 
 def as_json(plan: Plan, minis: list[Plan]) -> dict[str, Any]:
-    """One object: bytes and seconds as numbers, None for what is not known."""
+    """Return the plans as one JSON-serialisable object, in bytes and seconds, with None for unknown values."""
     return {
         "peak_bytes": {**asdict(plan.peak), "total": plan.peak.total},
         "usable_bytes": plan.usable,
@@ -227,25 +247,25 @@ def as_json(plan: Plan, minis: list[Plan]) -> dict[str, Any]:
 
 
 def text(plan: Plan, minis: list[Plan]) -> str:
-    """The plan for a person."""
+    """Return the plans as human-readable text."""
     worst = plan.worst
     lines = [
         f"peak memory {size_text(plan.peak.total):>13}   {_verdict(plan)}",
-        *(f"  {title:18}{size:>7}" for title, size in _parts(plan.peak)),
+        *(f"  {title:18}{size:>7}" for title, size in _part_sizes(plan.peak)),
         f"  at its largest micro-batch: {worst.rows} rows of up to {worst.width} tokens, {worst.tokens} computed, {worst.labels} labels"
-        f"{', blocks computed twice (--grad-checkpoint on)' if plan.grad_checkpoint else ''}",
+        f"{', blocks recomputed in the backward pass (--grad-checkpoint on)' if plan.grad_checkpoint else ''}",
     ]
     if plan.rough:
-        lines.append("  ! a rough guess: only MLX's memory was measured and modelled")
+        lines.append("  ! a rough guess: the memory model was fitted to MLX only")
     if plan.largest:
         off, on = plan.largest
         lines += [
             "",
             f"{'largest that fits':22}{'without':>10}{'with --grad-checkpoint on':>28}",
             f"  {'--batch-size':20}{off.batch_size:>10,}{on.batch_size:>28,}",
-            f"  {'tokens in a row':20}{off.length:>10,}{on.length:>28,}",
+            f"  {'tokens per row':20}{off.length:>10,}{on.length:>28,}",
         ]
-    lines += ["", f"time  {_time(plan)}"]
+    lines += ["", f"time  {_time_text(plan)}"]
     if plan.advice:
         lines += ["", "any of these would fit:", *(f"  {advice}" for advice in plan.advice)]
     if minis:
@@ -261,19 +281,21 @@ def text(plan: Plan, minis: list[Plan]) -> str:
 
 def _verdict(plan: Plan) -> str:
     if plan.usable is None:
-        return f"(the memory of {plan.machine.name} is not known)"
-    return f"{'fits' if plan.fits else 'does not fit'}: {size_text(plan.usable)} are usable on {plan.machine.name}"
+        return f"(the memory of {plan.machine.name} is unknown)"
+    return f"{'fits' if plan.fits else 'does not fit'}: {size_text(plan.usable)} usable on {plan.machine.name}"
 
 
-def _time(plan: Plan) -> str:
+def _time_text(plan: Plan) -> str:
     if plan.seconds is None:
-        return f"unknown: no figures for {plan.machine.name}"
+        return f"unknown: no speed figures for {plan.machine.name}"
     assert plan.machine.flops is not None and plan.machine.bandwidth is not None
     speed = f"{plan.machine.flops / 1e9:,.0f} GFLOP/s and {plan.machine.bandwidth / 1e9:.0f} GB/s"
     return f"about {duration(plan.seconds)}, an estimate from operations and bytes at {speed}"
 
 
-def _parts(peak: Peak) -> list[tuple[str, str]]:
-    """Every part by its title; some hold nothing at the moment when most is held."""
-    sizes = [(title, getattr(peak, name)) for name, title in PARTS.items() if name != "framework" or peak.framework]
-    return [(title, size_text(size) if size else "freed by then") for title, size in sizes]
+def _part_sizes(peak: Peak) -> list[tuple[str, str]]:
+    """Return (title, size) of every part. Some parts hold nothing at the moment of peak memory."""
+    sizes = [
+        (title, getattr(peak, name)) for name, title in PART_TITLES.items() if name != "framework" or peak.framework
+    ]
+    return [(title, size_text(size) if size else "freed before the peak") for title, size in sizes]

@@ -1,1 +1,1 @@
-"""A training run on disk: its folder and lock, checkpoints, resume, run.json, the model card."""
+"""Manage a training run on disk: folder and lock, checkpoints, resume, run.json and model card."""

@@ -1,7 +1,7 @@
-"""The README.md of an adapter folder and of a fused model: Markdown with YAML front matter, as the Hub reads it.
+"""Write the model card (README.md) of an adapter and of a fused model: Markdown with YAML front matter for the Hub.
 
-Format: https://huggingface.co/docs/hub/model-cards. Text in, text out; nothing of this machine gets into it, so that
-a folder can be published as it is: of a path only the last part is told.
+Format: https://huggingface.co/docs/hub/model-cards. Pure functions from strings to strings. A card contains nothing
+about the local machine, so the folder can be published unchanged: of a path, only the last component is shown.
 """
 
 import json
@@ -15,8 +15,8 @@ from typing import Any
 from mlx_fish.models.hub import is_hub_id
 
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
-_QUESTION = "Hello! What can you help me with?"  # where the run does not say what it asked
-_LONGEST_QUESTION = 200
+_QUESTION = "Hello! What can you help me with?"  # if the run has no sample question
+_MAX_QUESTION_CHARS = 200
 _SETTINGS = (
     ("lora_rank", "LoRA rank"),
     ("lora_alpha", "LoRA alpha"),
@@ -48,15 +48,19 @@ base model was trained, except what stood in the training rows.{en}
 
 @dataclass(frozen=True)
 class Tuning:
-    """What a card tells of a training run. Only the base is always known.
+    """The facts about a training run that a card shows. Only the base is required.
 
     Attributes:
-        base: a Hub id, or a path of which the last part is told.
-        license: the base's licence, as the Hub names it (`apache-2.0`).
-        data: the data set's name or path; `rows` are those trained on.
-        question: what to try it with.
-        warning: what the data set says of a model tuned on it, by language.
-        loss_before, loss_after: mean loss a supervised token (nats) on the validation rows.
+        base: Hub id or path of the base model; of a path, only the last component is shown.
+        revision: commit of the base on the Hub.
+        license: the base's licence as a Hub identifier, such as `apache-2.0`.
+        data: name or path of the data set.
+        rows: number of training rows.
+        template: name of the prompt template.
+        question: sample question for the usage examples.
+        warning: language code -> the data set's warning about models trained on it.
+        settings: the settings in run.json.
+        loss_before, loss_after: mean validation loss before and after training, nats per supervised token.
     """
 
     base: str
@@ -73,12 +77,16 @@ class Tuning:
 
     @classmethod
     def from_run(cls, run: Mapping[str, Any], *, base: str, license: str | None = None) -> "Tuning":
-        """From run.json: `base.revision`, `data.name`, `data.rows`, `template.name`, `settings`, `results.loss_before`,
-        `results.loss_after`; what is missing or of another kind stays unknown."""
+        """Read the facts from the content of a run.json; entries that are missing or have the wrong type are left out.
+
+        Args:
+            run: content of run.json.
+            base, license: see the attributes; they are not read from `run`.
+        """
 
         def find(section: str, key: str, *kinds: type) -> Any:
-            part = run.get(section)
-            value = part.get(key) if isinstance(part, Mapping) else None
+            entries = run.get(section)
+            value = entries.get(key) if isinstance(entries, Mapping) else None
             return value if isinstance(value, kinds) and not isinstance(value, bool) else None
 
         settings, warning = run.get("settings"), find("data", "warning", dict) or {}
@@ -89,7 +97,7 @@ class Tuning:
             data=find("data", "name", str),
             rows=find("data", "rows", int),
             template=find("template", "name", str),
-            question=_one_line(find("sample", "question", str) or "")[:_LONGEST_QUESTION] or _QUESTION,
+            question=_one_line(find("sample", "question", str) or "")[:_MAX_QUESTION_CHARS] or _QUESTION,
             warning={language: _one_line(text) for language, text in warning.items() if isinstance(text, str)},
             settings=settings if isinstance(settings, Mapping) else {},
             loss_before=find("results", "loss_before", int, float),
@@ -98,9 +106,9 @@ class Tuning:
 
 
 def adapter_card(tuning: Tuning) -> str:
-    """README.md for the adapter folder that training writes."""
+    """Return the README.md of an adapter folder."""
     base = public_name(tuning.base)
-    place = base if is_hub_id(tuning.base) else f"path/to/{base}"
+    base_path = base if is_hub_id(tuning.base) else f"path/to/{base}"
     usage = f"""\
 With PEFT, in this folder:
 
@@ -108,7 +116,7 @@ With PEFT, in this folder:
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained("{place}")
+base = AutoModelForCausalLM.from_pretrained("{base_path}")
 model = PeftModel.from_pretrained(base, ".")
 {_ask(tuning.question)}```
 
@@ -130,7 +138,7 @@ mlx-fish fuse --adapter . --to-hf
 
 
 def fused_card(tuning: Tuning, *, dtype: str) -> str:
-    """README.md for a fused model, whose weights are stored in `dtype`."""
+    """Return the README.md of a fused model whose weights are stored in `dtype`."""
     usage = f"""\
 With transformers, in this folder:
 
@@ -157,12 +165,12 @@ mlx-fish generate --model . --no-adapter -p {shlex.quote(tuning.question)}
 
 
 def public_name(name: str) -> str:
-    """A model's or data set's name as others may see it: a Hub id as it is, of a path the last part."""
+    """Return a name that is safe to publish: a Hub id unchanged, or the last component of a path."""
     return name if is_hub_id(name) else PurePath(name.rstrip("/")).name or name
 
 
 def license_of(folder: Path) -> str | None:
-    """The licence in the front matter of a model folder's own README.md; None when it names none."""
+    """Return the licence in the front matter of a model folder's README.md, or None if there is none."""
     import yaml
 
     path = folder / "README.md"
@@ -173,10 +181,10 @@ def license_of(folder: Path) -> str | None:
         front = yaml.safe_load(match[1]) if match else None
     except (yaml.YAMLError, RecursionError):
         return None
-    found = front.get("license") if isinstance(front, dict) else None
-    # `other` and `unknown` say nothing without the base's further keys.
-    usable = isinstance(found, str) and _LICENSE.fullmatch(found) and found not in ("other", "unknown")
-    return found if usable else None
+    name = front.get("license") if isinstance(front, dict) else None
+    # `other` and `unknown` are meaningless without further keys of the base's card.
+    is_usable = isinstance(name, str) and _LICENSE.fullmatch(name) and name not in ("other", "unknown")
+    return name if is_usable else None
 
 
 def _card(front: str, title: str, summary: str, tuning: Tuning, usage: str) -> str:
@@ -196,7 +204,7 @@ def _front_matter(tuning: Tuning, *, library: str, relation: str, tags: list[str
     import yaml
 
     front: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation", "tags": tags}
-    if is_hub_id(tuning.base):  # the Hub refuses a card whose base_model is not one
+    if is_hub_id(tuning.base):  # the Hub rejects a base_model that is not a Hub id
         front = {"base_model": tuning.base, "base_model_relation": relation, **front}
     if tuning.license:
         front["license"] = tuning.license
@@ -204,14 +212,16 @@ def _front_matter(tuning: Tuning, *, library: str, relation: str, tags: list[str
 
 
 def _link(tuning: Tuning) -> str:
+    """Return a Markdown link to the base on the Hub, or its name if it is local."""
     name = public_name(tuning.base)
     if not is_hub_id(tuning.base):
         return f"`{name}`"
-    at = f" (revision `{tuning.revision}`)" if tuning.revision else ""
-    return f"[{name}](https://huggingface.co/{name}){at}"
+    revision = f" (revision `{tuning.revision}`)" if tuning.revision else ""
+    return f"[{name}](https://huggingface.co/{name}){revision}"
 
 
 def _training(tuning: Tuning) -> str:
+    """Return the section on training, or an empty string if nothing is known."""
     lines = []
     if tuning.data:
         rows = f", {tuning.rows} rows" if tuning.rows else ""
@@ -220,7 +230,7 @@ def _training(tuning: Tuning) -> str:
         lines.append(f"- prompt template: `{tuning.template}` (written out in `chat_template.jinja`)")
     settings = dict(tuning.settings)
     if settings.get("iters") is not None:
-        settings.pop("epochs", None)  # --iters overrides them
+        settings.pop("epochs", None)  # --iters overrides --epochs
     lines += [
         f"- {label}: {settings[key]}"
         for key, label in _SETTINGS
@@ -232,7 +242,7 @@ def _training(tuning: Tuning) -> str:
 
 
 def _limits(tuning: Tuning) -> str:
-    """What to keep in mind, with what the data set itself says."""
+    """Return the section on limitations, with the data set's own warning."""
     warnings = {language: tuning.warning.get(language, "") for language in ("en", "zh")}
     return _LIMITS.format(
         en="\n\n" + warnings["en"] if warnings["en"] else "", zh="\n\n" + warnings["zh"] if warnings["zh"] else ""
@@ -240,17 +250,18 @@ def _limits(tuning: Tuning) -> str:
 
 
 def _one_line(text: str) -> str:
-    """A text from a file, as plain text on one line: no control characters, and nothing that Markdown or HTML would read."""
+    """Return untrusted text on one line, without control characters and without Markdown or HTML syntax."""
     printable = "".join(character if character.isprintable() else " " for character in text)
     return " ".join(re.sub(r"[`<>\[\]*_|#\\]", " ", printable).split())
 
 
 def _plain(text: str) -> str:
-    """Fit for a code span on one line."""
+    """Return text on one line that is safe inside a Markdown code span."""
     return " ".join(text.replace("`", "'").split())
 
 
 def _ask(question: str) -> str:
+    """Return the Python lines that ask `model` a question."""
     return f"""\
 tokenizer = AutoTokenizer.from_pretrained(".")
 messages = [{{"role": "user", "content": {json.dumps(question, ensure_ascii=False)}}}]

@@ -1,6 +1,12 @@
-"""Checkpoints: whole or not at all, the last k kept. Knows nothing of how the arrays came about.
+"""Save and load checkpoints. Writes are atomic, and only the newest checkpoints are kept.
 
-checkpoints/step-00000010/   adapter_model.safetensors  adapter_config.json  optimizer.safetensors  state.json  manifest.json
+    checkpoints/step-00000010/
+      adapter_model.safetensors, adapter_config.json    the adapter, in PEFT's format
+      optimizer.safetensors                             AdamW's moments
+      state.json                                        the state of the training loop
+      manifest.json                                     SHA-256 of the files above
+
+Does not depend on how the arrays are computed.
 """
 
 import hashlib
@@ -27,7 +33,13 @@ _NAME = re.compile(r"step-(\d{8})", re.ASCII)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds: PEFT's arrays, AdamW's moments, and the loop's own state after `step` updates."""
+    """The content of a checkpoint after `step` updates.
+
+    Attributes:
+        adapter: the adapter's tensors under PEFT's keys.
+        optimizer: AdamW's moments, see `Backend.optimizer_arrays`.
+        state: the state of the training loop.
+    """
 
     step: int
     adapter: Arrays
@@ -46,21 +58,24 @@ def save_checkpoint(
     keep: int = 2,
     after: int = 0,
 ) -> Path:
-    """Write `folder/step-N` with a sha256 of every file, then remove all but the newest `keep`.
+    """Write `folder/step-N` with the SHA-256 of every file, then delete all but the newest `keep` checkpoints.
 
     Args:
-        after: the step of this run's last checkpoint. What lies between it and this one, or beyond, was damaged, or belongs to a
-            course that was given up when the run went back behind it.
+        after: step of this run's previous checkpoint. All other checkpoints of later steps are deleted: they are
+            damaged, or were abandoned when the run was resumed from an earlier step.
+
+    Returns:
+        the checkpoint folder.
     """
     target = folder / f"step-{step:08d}"
     if target.exists() and damage(target):
         shutil.rmtree(target, ignore_errors=True)
-    with new_folder(target, marker=MANIFEST, overwrite=True) as beside:
-        save_adapter(beside, adapter, adapter_config)
-        write_safetensors(beside / OPTIMIZER_FILE, optimizer)
-        write_json(beside / STATE_FILE, {"step": step, **state})
-        sums = {file.name: _sha256(file) for file in sorted(beside.iterdir())}
-        write_json(beside / MANIFEST, {"step": step, "sha256": sums})
+    with new_folder(target, marker=MANIFEST, overwrite=True) as new_checkpoint:
+        save_adapter(new_checkpoint, adapter, adapter_config)
+        write_safetensors(new_checkpoint / OPTIMIZER_FILE, optimizer)
+        write_json(new_checkpoint / STATE_FILE, {"step": step, **state})
+        sums = {file.name: _sha256(file) for file in sorted(new_checkpoint.iterdir())}
+        write_json(new_checkpoint / MANIFEST, {"step": step, "sha256": sums})
     kept = [path for path in checkpoints(folder) if step_of(path) <= after or path == target][-keep:]
     for path in checkpoints(folder):
         if path not in kept:
@@ -69,28 +84,29 @@ def save_checkpoint(
 
 
 def load_checkpoint(checkpoint: Path) -> Checkpoint:
-    """Read a checkpoint that `damage` found nothing wrong with."""
+    """Load a checkpoint. Call `damage` first: this function does not check the files."""
     state = read_json(checkpoint / STATE_FILE)
     return Checkpoint(step_of(checkpoint), _read(checkpoint / WEIGHTS_FILE), _read(checkpoint / OPTIMIZER_FILE), state)
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """All checkpoint folders, oldest first."""
+    """Return all checkpoint folders, oldest first."""
     return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
 
 
 def step_of(checkpoint: Path) -> int:
+    """Return the step in a checkpoint folder's name: `step-00000010` -> 10."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def newest_valid(folder: Path, *, before: int | None = None) -> Path | None:
-    """The newest checkpoint (of a step below `before`, if given) whose files all have the sums of its manifest."""
-    found = [path for path in checkpoints(folder) if before is None or step_of(path) < before]
-    return next((path for path in reversed(found) if damage(path) is None), None)
+    """Return the newest undamaged checkpoint, of a step below `before` if that is set, or None."""
+    candidates = [path for path in checkpoints(folder) if before is None or step_of(path) < before]
+    return next((path for path in reversed(candidates) if damage(path) is None), None)
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint: the first file that is not as its manifest says. None: it is whole."""
+    """Check a checkpoint against its manifest. Return a description of the first damage, or None if it is valid."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         sums = dict(manifest["sha256"])
@@ -112,20 +128,21 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def find_checkpoint(folder: Path, name: str) -> Path:
-    """A checkpoint by its name (`step-00000010`), its number or its path.
+    """Find a checkpoint by its name (`step-00000010`), its step number or its path.
 
     Raises:
-        FishError: there is none, or it is damaged.
+        FishError: the checkpoint does not exist or is damaged.
     """
-    wanted = f"step-{int(name):08d}" if re.fullmatch(r"\d{1,8}", name, re.ASCII) else Path(name).name
-    found = checkpoints(folder)
-    checkpoint = next((path for path in found if path.name == wanted), None)
+    folder_name = f"step-{int(name):08d}" if re.fullmatch(r"\d{1,8}", name, re.ASCII) else Path(name).name
+    existing = checkpoints(folder)
+    checkpoint = next((path for path in existing if path.name == folder_name), None)
     if checkpoint is None:
-        there = f"it has {', '.join(path.name for path in found)}" if found else "it has no checkpoints"
-        raise FishError(f"--resume {name}: there is no such checkpoint in {folder.parent} ({there}).")
-    if wrong := damage(checkpoint):
+        available = f"it has {', '.join(path.name for path in existing)}" if existing else "it has no checkpoints"
+        raise FishError(f"--resume {name}: there is no such checkpoint in {folder.parent} ({available}).")
+    if problem := damage(checkpoint):
         raise FishError(
-            f"--resume {name}: {checkpoint} is damaged ({wrong}); use --resume alone for the newest whole one."
+            f"--resume {name}: {checkpoint} is damaged ({problem}); use --resume without a value for the newest valid "
+            "checkpoint."
         )
     return checkpoint
 

@@ -1,4 +1,4 @@
-"""What a run leaves beside its adapter: run.json, the tokenizer, the generation config."""
+"""Write the record of a run, run.json, and the files next to the adapter: the tokenizer and the generation config."""
 
 import contextlib
 import dataclasses
@@ -18,7 +18,7 @@ from mlx_fish.storage.files import path_of, write_json
 
 
 def adapter_config(job: Job) -> dict[str, Any]:
-    """adapter_config.json of the run's adapter."""
+    """Return the content of adapter_config.json for the run's adapter."""
     return peft_config(
         job.spec,
         rank=job.config.lora_rank,
@@ -30,9 +30,9 @@ def adapter_config(job: Job) -> dict[str, Any]:
 
 
 def write_run(job: Job, output: Path, results: dict[str, Any]) -> None:
-    """run.json, the tokenizer and the generation config: all that `generate`, `evaluate` and `fuse` need to know.
+    """Write run.json, the tokenizer and the generation config, which `generate`, `evaluate` and `fuse` need.
 
-    run.json comes first: by it a folder is known as a run, however soon that is killed.
+    run.json is written first: it marks the folder as a run, even if the process is killed right afterwards.
     """
     write_json(output / RUN_FILE, run_record(job, results))
     copy_tokenizer(job.folder.path, output, chat_template=job.template.jinja)
@@ -41,7 +41,7 @@ def write_run(job: Job, output: Path, results: dict[str, Any]) -> None:
 
 
 def run_record(job: Job, results: dict[str, Any]) -> dict[str, Any]:
-    """What run.json holds."""
+    """Return the content of run.json."""
     return {
         "version": __version__,
         "python": sys.version.split()[0],
@@ -79,40 +79,43 @@ def run_record(job: Job, results: dict[str, Any]) -> dict[str, Any]:
 
 
 def data_path(record: dict[str, Any]) -> Path | None:
-    """Where a run found its data, from its record."""
+    """Return the path from which a run loaded its data, or None for built-in data and old records."""
     data = record.get("data")
     path = data.get("path") if isinstance(data, dict) else None
     return path_of(path) if isinstance(path, str) else None
 
 
 def shared_system(rows: list[Example]) -> str | None:
-    """The system prompt with which every row begins; None when there is none, or more than one."""
-    found = {row.turns[0].content if row.turns[0].role == "system" else None for row in rows}
-    return found.pop() if len(found) == 1 else None
+    """Return the system prompt that all rows share, or None if they have none or different ones."""
+    prompts = {row.turns[0].content if row.turns[0].role == "system" else None for row in rows}
+    return prompts.pop() if len(prompts) == 1 else None
 
 
 def check_base(adapter: Adapter, fingerprint: str, model: str) -> None:
-    """The model is the one that the adapter was trained on, as far as its run.json tells.
+    """Check that a model is the base that the adapter was trained on. Adapters without a fingerprint in run.json pass.
 
     Args:
         fingerprint: `ModelFolder.fingerprint` of the model.
-        model: the model's name, for the message.
+        model: name of the model, for the error message.
+
+    Raises:
+        FishError: the fingerprints differ.
     """
     trained_on = read_run(adapter.path).get("base")
     if not isinstance(trained_on, dict) or trained_on.get("fingerprint") in (None, fingerprint):
         return
     raise FishError(
-        f"the adapter {adapter.path} was trained on {trained_on.get('name', adapter.base)}, and the weights of {model} "
-        "are not the same; give the model that it was trained on with --model."
+        f"the adapter {adapter.path} was trained on {trained_on.get('name', adapter.base)}, but the weights of {model} "
+        "are different; set --model to the model it was trained on."
     )
 
 
 def _versions(*packages: str) -> dict[str, str]:
-    """Of those that are installed: no machine needs both frameworks."""
+    """Return the versions of the packages that are installed; no machine needs both frameworks."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {}
+    versions = {}
     for name in packages:
         with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            versions[name] = version(name)
+    return versions

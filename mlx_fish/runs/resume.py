@@ -1,7 +1,8 @@
-"""What `train --resume` goes on from, and the proof that settings, data and base are those the run began with.
+"""Find the checkpoint for `train --resume`, and check that settings, data and base are those of the original run.
 
-Every checkpoint holds the run's record (what run.json held when the run began) beside the loop's state, so it can be judged alone.
-What is not asked for again is taken from there. Knows nothing of the loop.
+Every checkpoint contains the run's record (the run.json written at the start of the run) next to the state of the
+training loop, so it can be checked without other files. Settings that are not overridden are read from this record.
+Independent of the training loop.
 """
 
 import dataclasses
@@ -22,8 +23,8 @@ from mlx_fish.storage.files import path_of
 from mlx_fish.tracking.events import say
 
 NEWEST = "newest"
-# These may differ from the run's own: they change no number of what is trained. Data and model are compared by content.
-FREE = {
+# Settings that may change on a resume: they affect no completed update. Data and model are compared by content.
+CHANGEABLE_SETTINGS = {
     "iters",
     "epochs",
     "save_every",
@@ -38,13 +39,13 @@ FREE = {
 
 
 @dataclass(frozen=True)
-class Point:
-    """Where a run goes on.
+class ResumePoint:
+    """The point from which a run is resumed.
 
     Attributes:
         output: the run's folder.
-        record: what run.json held when the run began.
-        checkpoint: None: the run ended before its first one, and starts again with the settings of its record.
+        record: the run.json written at the start of the run.
+        checkpoint: None if the run ended before its first checkpoint; it then restarts with the recorded settings.
     """
 
     output: Path
@@ -53,108 +54,125 @@ class Point:
 
     @property
     def step(self) -> int:
+        """Number of completed updates."""
         return self.checkpoint.step if self.checkpoint else 0
 
     @property
     def has_results(self) -> bool:
-        """The run came to its end once, and left its results in run.json."""
+        """Whether run.json has results, which means that the run was completed."""
         return bool(read_run(self.output).get("results"))
 
 
 def run_folder(settings: dict[str, Any], checkpoint: str) -> Path:
-    """The folder of the run: `--output-dir`, else the one that holds the checkpoint named by a path."""
+    """Return the folder of the run to resume: `--output-dir`, else the run that contains the checkpoint's path.
+
+    Raises:
+        FishError: the folder contains no run, or does not contain the checkpoint.
+    """
     path = Path(checkpoint)
-    inside = path.parent.parent if path.parent.name == CHECKPOINTS else None
-    output = Path(settings.get("output_dir", inside or DEFAULT_OUTPUT))
-    if inside is not None and inside.resolve() != output.resolve():
-        raise FishError(f"--resume {checkpoint} lies outside --output-dir {output}; name one of the two.")
+    parent_run = path.parent.parent if path.parent.name == CHECKPOINTS else None
+    output = Path(settings.get("output_dir", parent_run or DEFAULT_OUTPUT))
+    if parent_run is not None and parent_run.resolve() != output.resolve():
+        raise FishError(f"--resume {checkpoint} is not in --output-dir {output}; set only one of the two.")
     if not (output / RUN_FILE).is_file():
         raise FishError(
-            f"{output} holds no run to resume (no {RUN_FILE}); run `mlx-fish train`, or name its --output-dir."
+            f"{output} contains no run to resume (no {RUN_FILE}); run `mlx-fish train` first, or set --output-dir."
         )
     if (output / CHECKPOINTS).is_symlink():
-        raise FishError(f"{output / CHECKPOINTS} is a link to another place; move the checkpoints themselves there.")
+        raise FishError(
+            f"{output / CHECKPOINTS} is a symbolic link; replace it with a folder that contains the checkpoints."
+        )
     return output
 
 
-def find_point(output: Path, name: str) -> Point:
-    """The checkpoint to go on from: the one named, else the newest whole one, saying which newer ones are damaged."""
+def find_resume_point(output: Path, name: str) -> ResumePoint:
+    """Find the checkpoint to resume from.
+
+    Args:
+        name: name, step number or path of a checkpoint. `NEWEST` is the newest valid one; damaged newer ones are
+            reported.
+
+    Raises:
+        FishError: the checkpoint does not exist, is damaged, or was written by another version.
+    """
     folder = output / CHECKPOINTS
-    chosen = find_checkpoint(folder, name) if name != NEWEST else _newest_whole(folder)
-    if chosen is None:
-        say(f"! {output} has no checkpoint yet, so the run starts again from its beginning")
-        return Point(output, _checked(read_run(output), output / RUN_FILE), None)
-    checkpoint = load_checkpoint(chosen)
+    path = find_checkpoint(folder, name) if name != NEWEST else _newest_valid(folder)
+    if path is None:
+        say(f"! {output} has no checkpoint yet, so the run restarts from the beginning")
+        return ResumePoint(output, _checked(read_run(output), output / RUN_FILE), None)
+    checkpoint = load_checkpoint(path)
     if not isinstance(checkpoint.state.get("report"), dict):
-        raise FishError(f"{chosen} is no checkpoint of this version of mlx-fish; start anew with --overwrite.")
-    return Point(output, _checked(checkpoint.state.get("run"), chosen), checkpoint)
+        raise FishError(f"{path} was written by another version of mlx-fish; start a new run with --overwrite.")
+    return ResumePoint(output, _checked(checkpoint.state.get("run"), path), checkpoint)
 
 
-def _newest_whole(folder: Path) -> Path | None:
-    found = checkpoints(folder)
-    for path in reversed(found):
-        wrong = damage(path)
-        if wrong is None:
+def _newest_valid(folder: Path) -> Path | None:
+    """Return the newest valid checkpoint, and report the damaged ones that are newer. None if there are none at all."""
+    paths = checkpoints(folder)
+    for path in reversed(paths):
+        problem = damage(path)
+        if problem is None:
             return path
-        say(f"! {path} is damaged ({wrong}) and is passed over")
-    if found:
-        raise FishError(f"none of the {len(found)} checkpoints in {folder} is whole; start anew with --overwrite.")
+        say(f"! {path} is damaged ({problem}) and is skipped")
+    if paths:
+        raise FishError(f"{folder} has no valid checkpoint ({len(paths)} damaged); start a new run with --overwrite.")
     return None
 
 
-def continued(point: Point, settings: dict[str, Any]) -> TrainConfig:
-    """The run's own settings, with those asked for now.
+def resumed_config(point: ResumePoint, settings: dict[str, Any]) -> TrainConfig:
+    """Return the settings of the run, overridden by `settings`.
 
     Raises:
-        FishError: one that is asked for differs from the run's own, and would change what is trained.
+        FishError: an overriding setting differs from the run's, and affects training.
     """
     recorded = point.record["settings"]
-    if settings.get("grad_checkpoint") == "auto":  # decided when the run began
+    if settings.get("grad_checkpoint") == "auto":  # it was resolved when the run started
         settings = {name: value for name, value in settings.items() if name != "grad_checkpoint"}
     changes = [
-        f"{flag_name(name)} {value} (it was {recorded.get(name)})"
+        f"{flag_name(name)} {value} (was {recorded.get(name)})"
         for name, value in settings.items()
-        if name not in FREE and value != recorded.get(name)
+        if name not in CHANGEABLE_SETTINGS and value != recorded.get(name)
     ]
     if changes:
-        raise _changed(point, changes)
+        raise _change_error(point, changes)
     if "epochs" in settings and "iters" not in settings:
         recorded = {**recorded, "iters": None}
     if {"iters", "epochs"} & set(settings):
-        # By default a short run validates fewer rows, and a longer one must not compare its losses with those of others.
+        # By default, a short run validates on fewer rows. Keep their number, so that the losses stay comparable.
         recorded = {**recorded, "eval_rows": point.record["data"]["validation_rows"] or None}
     try:
         return TrainConfig(**{**recorded, **settings, "output_dir": str(point.output), "overwrite": False})
     except TypeError as error:
         raise FishError(
-            f"{point.output} was trained by another version of mlx-fish ({error}); start anew with --overwrite."
+            f"{point.output} was trained by another version of mlx-fish ({error}); start a new run with --overwrite."
         ) from error
 
 
-def recorded_base(point: Point, settings: dict[str, Any]) -> ModelFolder:
-    """The base asked for, else the folder that the run used, else the model that it names."""
+def recorded_base(point: ResumePoint, settings: dict[str, Any]) -> ModelFolder:
+    """Find the base model: `model` in `settings`, else the folder that the run used, else the model that it names."""
     base = point.record["base"]
     path = path_of(base["path"])
     if settings.get("model") is not None:
         path = find_model(settings["model"]).path
     elif not (path / "config.json").is_file():
         return find_model(base["name"], revision=base["revision"])
-    return ModelFolder(path, base["name"], base["revision"])  # the name as it was: it stands in the adapter's config
+    # Keep the recorded name: the adapter's config contains it.
+    return ModelFolder(path, base["name"], base["revision"])
 
 
-def recorded_data(point: Point, settings: dict[str, Any]) -> Path | None:
-    """Where the run found its data; None where other data are asked for, or an older version did not note it."""
+def recorded_data(point: ResumePoint, settings: dict[str, Any]) -> Path | None:
+    """Return the path of the run's data, or None if `settings` has other data or an older version did not record it."""
     return None if settings.get("data") is not None else data_path(point.record)
 
 
-def check_same(point: Point, job: Job, record: dict[str, Any]) -> None:
-    """The job continues the run: the same rows, base and layers, and no fewer updates.
+def check_unchanged(point: ResumePoint, job: Job, record: dict[str, Any]) -> None:
+    """Check that a job continues the run: same rows, same base, and at least as many updates.
 
     Args:
-        record: what run.json would hold for the job.
+        record: the content of run.json for the job.
 
     Raises:
-        FishError: naming everything that has changed.
+        FishError: something has changed; the message lists all changes.
     """
     old, new = point.record, record
     changes = [
@@ -163,49 +181,57 @@ def check_same(point: Point, job: Job, record: dict[str, Any]) -> None:
         if new["data"]["sha256"].get(name) != digest
     ]
     if not changes and old["data"]["tokens_sha256"] != new["data"]["tokens_sha256"]:
-        changes.append("the rows come to other tokens (the tokenizer, its template or dataset_info.json has changed)")
+        changes.append("the rows yield different tokens (the tokenizer, its template or dataset_info.json has changed)")
     if any(old["base"].get(key) != new["base"][key] for key in ("fingerprint", "dtype", "quantization")):
-        changes.append(f"the base model {job.folder.name} is not the same as before")
+        changes.append(f"the base model {job.folder.name} has changed")
     if job.iters < old["iters"]:
-        changes.append(f"{job.iters} updates (it was {old['iters']}, which can be raised but not lowered)")
+        changes.append(f"{job.iters} updates (was {old['iters']}; the number can be raised, not lowered)")
     if changes:
-        raise _changed(point, changes)
+        raise _change_error(point, changes)
     if job.iters > old["iters"] and job.config.schedule != "constant":
         say(
-            f"! {old['iters']} updates became {job.iters}: from here on the learning rate is that of a run of {job.iters}"
+            f"! the run was extended from {old['iters']} to {job.iters} updates: the learning rate now follows the schedule of a "
+            f"{job.iters}-update run"
         )
     if old["settings"].get("backend") != job.config.backend or any(
         old[key] != new[key] for key in ("packages", "machine")
     ):
         say(
-            "! the run began on another backend or machine, or with other versions, so its numbers go on, but not to the last bit"
+            "! the backend, the machine or package versions have changed: the run continues, but is not bit-identical to an "
+            "uninterrupted one"
         )
 
 
-def check_arrays(point: Point, job: Job) -> None:
-    """The checkpoint's tensors are those of the job's adapter and of its moments.
+def check_arrays(point: ResumePoint, job: Job) -> None:
+    """Check that the checkpoint has exactly the tensors of the job's adapter and of its AdamW moments.
 
     Raises:
-        FishError: some other tensors lie there.
+        FishError: names or shapes differ.
     """
     if point.checkpoint is None:
         return
     expected = job.spec.shapes
     moments = {f"{moment}.{name}": shape for moment in "mv" for name, shape in expected.items()}
     if _shapes(point.checkpoint.adapter) != expected or _shapes(point.checkpoint.optimizer) != moments:
-        raise FishError(f"the checkpoint of step {point.step} in {point.output} does not fit the model; start anew.")
+        raise FishError(
+            f"the checkpoint of step {point.step} in {point.output} does not fit the model; start a new run with --overwrite."
+        )
 
 
 def _shapes(arrays: Arrays) -> dict[str, tuple[int, ...]]:
     return {name: array.shape for name, array in arrays.items()}
 
 
-def _checked(record: Any, place: Path) -> dict[str, Any]:
-    """The parts of a record that resuming needs, all there."""
+def _checked(record: Any, path: Path) -> dict[str, Any]:
+    """Return the record if it has everything that resuming needs.
+
+    Args:
+        path: the file or checkpoint that contains the record, for the error message.
+    """
     try:
-        known = {item.name for item in dataclasses.fields(TrainConfig)}
-        sound = (
-            set(record["settings"]) <= known
+        known_settings = {item.name for item in dataclasses.fields(TrainConfig)}
+        is_valid = (
+            set(record["settings"]) <= known_settings
             and isinstance(record["iters"], int)
             and isinstance(record["base"]["path"], str)
             and isinstance(record["base"]["name"], str)
@@ -215,14 +241,14 @@ def _checked(record: Any, place: Path) -> dict[str, Any]:
             and {"packages", "machine"} <= set(record)
         )
     except (KeyError, TypeError, AttributeError):
-        sound = False
-    if not sound:
-        raise FishError(f"{place} was written by another version of mlx-fish; start anew with --overwrite.")
+        is_valid = False
+    if not is_valid:
+        raise FishError(f"{path} was written by another version of mlx-fish; start a new run with --overwrite.")
     return dict(record)
 
 
-def _changed(point: Point, changes: list[str]) -> FishError:
+def _change_error(point: ResumePoint, changes: list[str]) -> FishError:
     return FishError(
-        f"{point.output} cannot go on as it began, because of {'; '.join(changes)}; "
-        "put that back, or start anew with --overwrite."
+        f"{point.output} cannot be resumed with these changes: {'; '.join(changes)}; undo them, or start a new run with "
+        "--overwrite."
     )

@@ -1,1 +1,1 @@
-"""Files: writes that are complete or absent, and safetensors as NumPy arrays."""
+"""Storage: atomic file and folder writes, and safetensors files as NumPy arrays."""

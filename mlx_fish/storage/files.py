@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all. Knows nothing of what they hold."""
+"""Write files and folders atomically, and read JSON. Independent of what the files contain."""
 
 import json
 import os
@@ -12,43 +12,53 @@ from mlx_fish.errors import FishError
 
 
 def is_path(text: str) -> bool:
-    """Whether a file system could hold a file of this name: no NUL byte, no part longer than 255 bytes."""
+    """Return whether `text` is a valid path: no NUL byte, no component longer than 255 bytes."""
     try:
-        name = os.fsencode(text)
+        encoded = os.fsencode(text)
     except UnicodeEncodeError:  # half of a surrogate pair
         return False
-    return b"\0" not in name and len(name) < 4096 and max(map(len, name.split(b"/"))) <= 255
+    return b"\0" not in encoded and len(encoded) < 4096 and max(map(len, encoded.split(b"/"))) <= 255
 
 
 def path_of(text: str) -> Path:
-    """A path that stands in a JSON file of ours, whatever the locale then and now (see `write_text`)."""
+    """Return the path for a string read from JSON that `write_json` wrote, independent of the locale."""
     return Path(os.fsdecode(text.encode("utf-8", "surrogatepass")))
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a name is one that a killed process leaves while writing (see `write_bytes` and `new_folder`)."""
+    """Return whether `name` matches the temporary files and folders that a killed process may leave behind."""
     return name.startswith(".") and name.endswith((".partial", ".old"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write beside, flush, rename: a reader sees the old content or the new, never half of it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """Write a file atomically: a reader sees the old content or the new content, never part of it.
+
+    The content goes to a temporary file in the same folder, is synced to disk, and is then renamed to `path`.
+
+    Raises:
+        FishError: the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(beside, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
         with suppress(OSError):
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         raise FishError(f"cannot write {path}: {error.strerror or error}.") from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8. A path that the locale could not decode is in Python a text with lone surrogates: its bytes are written as they
-    are when they are UTF-8, else what no UTF-8 file can hold is escaped."""
+    """Write text as UTF-8, atomically.
+
+    Python represents a path that the locale cannot decode as a string with lone surrogates. Its original
+    bytes are written unchanged if they are valid UTF-8; otherwise the surrogates are written as backslash
+    escapes.
+    """
     try:
         content = text.encode("utf-8", "surrogateescape")
         content.decode("utf-8")
@@ -58,12 +68,20 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Indented UTF-8 JSON; NaN and infinities are refused, since other readers refuse them."""
+    """Write indented UTF-8 JSON, atomically.
+
+    Raises:
+        ValueError: `value` contains NaN or an infinity, which other JSON readers reject.
+    """
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file that somebody else may have written."""
+    """Read a JSON object from an untrusted file.
+
+    Raises:
+        FishError: the file cannot be read, is not valid JSON, or contains something other than an object.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -71,32 +89,38 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise FishError(f"{path} is not valid JSON ({error}); restore the file.") from error
     if not isinstance(value, dict):
-        raise FishError(f"{path} should hold a JSON object, not {type(value).__name__}.")
+        raise FishError(f"{path} should contain a JSON object, not {type(value).__name__}.")
     return value
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` survive a power cut (a no-op where folders cannot be opened)."""
+    """Sync a folder to disk, so that a rename inside it survives a power cut.
+
+    Does nothing on Windows, where folders cannot be opened.
+    """
     if os.name == "nt":
         return
-    handle = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
 def check_target(target: Path, *, marker: str, overwrite: bool) -> None:
-    """Say before any work whether `new_folder` will be able to put its result at `target`.
+    """Check, before any work starts, that `new_folder` may create or replace `target`.
 
     Args:
-        marker: a file whose presence shows that the folder is one of ours; without it nothing is replaced,
-            so that `--out ~ --overwrite` cannot remove a home folder.
+        marker: name of a file that only folders written by mlx-fish contain. A folder without it is never
+            replaced, so that `--out ~ --overwrite` cannot delete a home folder.
+
+    Raises:
+        FishError: `target` is a file, exists and `overwrite` is not set, or lacks the marker.
     """
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not target.is_dir():
-        raise FishError(f"{target} is a file, a folder was expected; name another one with --out.")
+        raise FishError(f"{target} is a file, but a folder was expected; choose another --out.")
     if not overwrite:
         raise FishError(f"{target} already exists; use --overwrite to replace it, or another --out.")
     if not (target / marker).is_file():
@@ -107,37 +131,42 @@ def check_target(target: Path, *, marker: str, overwrite: bool) -> None:
 
 @contextmanager
 def new_folder(target: Path, *, marker: str, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty folder beside `target`; on success rename it into place, on failure remove it.
+    """Create a folder atomically: yield a temporary folder, and rename it to `target` on success.
 
-    A killed process leaves at most a hidden `.NAME.PID.partial` folder, never a half-made `target`.
+    The temporary folder is empty, next to `target`, and deleted on failure. A killed process leaves at most a
+    hidden `.NAME.PID.partial` folder, never an incomplete `target`.
+
+    Raises:
+        FishError: `check_target` rejects `target`, or a file cannot be written.
     """
     target = Path(os.path.abspath(target))
     check_target(target, marker=marker, overwrite=overwrite)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
     except OSError as error:
         raise FishError(f"cannot write into {target.parent}: {error.strerror or error}.") from error
     try:
-        yield beside
-        for file in sorted(beside.rglob("*")):
-            if file.is_file():
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
-        sync_folder(beside)
-        _put_in_place(beside, target)
+        yield temporary
+        for path in sorted(temporary.rglob("*")):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        sync_folder(temporary)
+        _replace_folder(temporary, target)
     except OSError as error:
         raise FishError(f"cannot write {target}: {error.strerror or error}.") from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _put_in_place(beside: Path, target: Path) -> None:
+def _replace_folder(temporary: Path, target: Path) -> None:
+    """Rename `temporary` to `target`, moving an existing `target` aside first."""
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
     if target.exists():
         os.replace(target, old)
-    os.replace(beside, target)
+    os.replace(temporary, target)
     sync_folder(target.parent)
     shutil.rmtree(old, ignore_errors=True)

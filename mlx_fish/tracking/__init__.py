@@ -1,1 +1,1 @@
-"""Follow a run: one stream of events, and the sinks that take them (terminal, JSON log, loss curve)."""
+"""Report the progress of a run: a stream of events and its sinks (terminal, JSON log, loss curve)."""

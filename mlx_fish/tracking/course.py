@@ -1,4 +1,4 @@
-"""The figures of a run so far, which are part of every checkpoint: a resumed run's curves and totals go on from there."""
+"""Accumulate the metrics of a run. They are saved in every checkpoint, so a resumed run continues its curves and totals."""
 
 import time
 from typing import Any
@@ -6,14 +6,18 @@ from typing import Any
 from mlx_fish.tracking.events import Updated, Validated, emit
 
 
-class Course:
-    """Losses, tokens and times of a run. `updated` and `validated` note one more figure and send its event.
+class RunMetrics:
+    """The losses, tokens and times of a run so far. `updated` and `validated` record new values and emit their events.
 
-    Args:
-        state: what `state` gave when the run was last saved; None for a new run.
+    Attributes:
+        losses: (step, mean training loss in nats per supervised token) of every update.
+        eval_losses: (step, mean validation loss in nats per supervised token) of every validation.
+        tokens: input tokens of all updates, without padding.
+        training_seconds: time spent in updates.
     """
 
     def __init__(self, state: dict[str, Any] | None = None):
+        """Start from the values that `state` returned when the run was last saved; None for a new run."""
         state = state or {}
         self.losses: list[tuple[int, float]] = [(step, loss) for step, loss in state.get("losses", [])]
         self.eval_losses: list[tuple[int, float]] = [(step, loss) for step, loss in state.get("eval_losses", [])]
@@ -23,31 +27,41 @@ class Course:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the run began, those before a resume included."""
+        """Seconds since the run started, including the time before a resume."""
         return time.monotonic() - self._started
 
     @property
     def tokens_per_second(self) -> float:
+        """Training throughput over all updates so far."""
         return self.tokens / self.training_seconds
 
     def updated(
         self, step: int, *, loss: float, learning_rate: float, grad_norm: float, tokens: int, seconds: float, peak: int
     ) -> None:
-        """After update `step` (from 1) of `tokens` real input tokens in `seconds`, with `peak` bytes held at the most."""
+        """Record update number `step`, counted from 1.
+
+        Args:
+            loss: mean loss, nats per supervised token.
+            tokens: input tokens of the update, without padding.
+            seconds: duration of the update.
+            peak: peak memory so far, bytes.
+        """
         self.losses.append((step, loss))
         self.tokens += tokens
         self.training_seconds += seconds
         emit(Updated(step, loss, learning_rate, grad_norm, self.tokens, self.tokens_per_second, peak, self.elapsed))
 
     def validated(self, step: int, loss: float) -> None:
+        """Record the validation loss after `step` updates, in nats per supervised token."""
         self.eval_losses.append((step, loss))
         emit(Validated(step, loss, self.elapsed))
 
     def was_validated(self, step: int) -> bool:
-        return any(at == step for at, _ in self.eval_losses)
+        """Return whether the validation after `step` updates was already recorded."""
+        return any(eval_step == step for eval_step, _ in self.eval_losses)
 
     def state(self) -> dict[str, Any]:
-        """All that `Course(state)` needs to go on."""
+        """Return the values to save, from which `RunMetrics(state)` continues."""
         return {
             "losses": self.losses,
             "eval_losses": self.eval_losses,

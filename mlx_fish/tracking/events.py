@@ -1,6 +1,6 @@
-"""One stream of events from everything that runs, to the sinks that listen. A new logger is one more sink.
+"""Define the events of a run and send them to sinks. To add a logger, write a sink.
 
-`say` sends a line for the person; the training loop sends the rest. Without a sink of their own, events go to the terminal.
+`say` emits a message for the user; the training loop emits the other events. By default, events go to the terminal.
 """
 
 from collections.abc import Iterator
@@ -13,14 +13,20 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Message:
-    """A line for the person."""
+    """A message for the user."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Started:
-    """A run of `total` updates begins, `step` of them done already; an epoch has `per_epoch`."""
+    """A run starts or resumes.
+
+    Attributes:
+        total: number of updates of the whole run.
+        per_epoch: updates per epoch.
+        step: updates already done, in a resumed run.
+    """
 
     total: int
     per_epoch: int
@@ -29,15 +35,17 @@ class Started:
 
 @dataclass(frozen=True)
 class Updated:
-    """An optimizer update was made.
+    """An optimizer update is complete.
 
     Attributes:
-        step: its number, from 1.
-        loss: nats a supervised token.
-        total_tokens: real input tokens of all updates so far.
-        tokens_per_second: over all updates so far.
-        peak_bytes: the most memory held so far.
-        elapsed: seconds since the run began, those before a resume included.
+        step: number of the update, from 1.
+        loss: mean loss, nats per supervised token.
+        learning_rate: learning rate of the update.
+        grad_norm: global L2 norm of the gradient before clipping.
+        total_tokens: input tokens of all updates so far, without padding.
+        tokens_per_second: throughput over all updates so far.
+        peak_bytes: peak memory so far.
+        elapsed: seconds since the run started, including the time before a resume.
     """
 
     step: int
@@ -52,7 +60,7 @@ class Updated:
 
 @dataclass(frozen=True)
 class Validated:
-    """The mean loss on the validation rows after `step` updates."""
+    """The mean loss on the validation rows after `step` updates, in nats per supervised token."""
 
     step: int
     loss: float
@@ -61,7 +69,7 @@ class Validated:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint of `step` updates is complete."""
+    """A checkpoint after `step` updates was saved to `path`."""
 
     step: int
     path: Path
@@ -69,7 +77,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Stopped:
-    """A run was interrupted, or failed, after `step` of `total` updates."""
+    """A run was interrupted or failed after `step` of `total` updates."""
 
     step: int
     total: int
@@ -77,7 +85,7 @@ class Stopped:
 
 @dataclass(frozen=True)
 class Sampled:
-    """The answer to one question before training and after it."""
+    """The answers to a sample question before and after training."""
 
     question: str
     before: str
@@ -86,7 +94,7 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Finished:
-    """All updates are done, and everything is written to `output`."""
+    """A run is complete. `peak_bytes` is its peak memory, `seconds` its duration."""
 
     output: Path
     tokens_per_second: float
@@ -98,27 +106,29 @@ Event = Message | Started | Updated | Validated | Saved | Stopped | Sampled | Fi
 
 
 class Sink(Protocol):
-    """Takes every event, and does with it what it is there for."""
+    """A receiver of events."""
 
-    def take(self, event: Event) -> None: ...
+    def take(self, event: Event) -> None:
+        """Handle an event. Ignore the types that do not concern this sink."""
+        ...
 
 
 _sinks: ContextVar[tuple[Sink, ...] | None] = ContextVar("sinks", default=None)
 
 
 def emit(event: Event) -> None:
-    """Send an event to the sinks that listen."""
-    for sink in listening():
+    """Send an event to all active sinks."""
+    for sink in active_sinks():
         sink.take(event)
 
 
 def say(text: str = "") -> None:
-    """Send a line for the person: on the terminal it goes to stderr, since stdout is for answers."""
+    """Emit a message for the user. The terminal prints it to stderr: stdout is reserved for answers."""
     emit(Message(text))
 
 
-def listening() -> tuple[Sink, ...]:
-    """The sinks that take events now."""
+def active_sinks() -> tuple[Sink, ...]:
+    """Return the sinks that receive events now."""
     from mlx_fish.tracking.terminal import TERMINAL
 
     sinks = _sinks.get()
@@ -127,8 +137,8 @@ def listening() -> tuple[Sink, ...]:
 
 @contextmanager
 def sinks_added(*more: Sink) -> Iterator[None]:
-    """Within the block, these sinks listen too."""
-    token = _sinks.set((*listening(), *more))
+    """Send events to these sinks too, inside this context."""
+    token = _sinks.set((*active_sinks(), *more))
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Events as `trainer_log.jsonl`: one JSON object a line, with LLaMA-Factory's keys."""
+"""Write events to `trainer_log.jsonl`: one JSON object per line, with LLaMA-Factory's keys."""
 
 import json
 import os
@@ -14,19 +14,24 @@ LOG_FILE = "trainer_log.jsonl"
 
 
 class JsonLog:
-    """The sink that writes the log, and a part of every checkpoint: a resumed run's log is cut to the lines of that time.
+    """The sink that writes `trainer_log.jsonl`.
 
-    Args:
-        logging_steps: a line every so many updates, with their mean loss, and one after the last.
-        state: what `state` gave when the run was last saved; None for a new run.
+    Its state is saved in every checkpoint: a resumed run truncates the log to the lines that existed at the checkpoint.
     """
 
     def __init__(self, folder: Path, *, logging_steps: int, state: dict[str, Any] | None = None):
+        """Open the log.
+
+        Args:
+            folder: the run's output folder.
+            logging_steps: updates per line. A line holds the mean loss of its updates; the last update always ends one.
+            state: the value that `state` returned when the run was last saved; None for a new run.
+        """
         state = state or {}
         self.path = folder / LOG_FILE
         self.logging_steps = logging_steps
         self._total = self._per_epoch = 0
-        self._pending: list[float] = list(state.get("pending", []))
+        self._pending_losses: list[float] = list(state.get("pending", []))
         self._num_lines = _keep_lines(self.path, state.get("log_lines", 0))
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
 
@@ -42,24 +47,24 @@ class JsonLog:
                 return
 
     def state(self) -> dict[str, Any]:
-        """All that `JsonLog(state=…)` needs to go on; the lines up to here are on the disk when this returns."""
+        """Flush all lines to disk and return the state from which `JsonLog(state=…)` continues."""
         self._flush(sync=True)
-        return {"pending": self._pending, "log_lines": self._num_lines}
+        return {"pending": self._pending_losses, "log_lines": self._num_lines}
 
     def close(self) -> None:
-        with suppress(OSError):  # each line was flushed already, or its failure reported
+        with suppress(OSError):  # every line was already flushed, or its failure reported
             self._file.close()
 
     def _update(self, event: Updated) -> None:
-        self._pending.append(event.loss)
+        self._pending_losses.append(event.loss)
         if event.step % self.logging_steps and event.step != self._total:
             return
-        mean = sum(self._pending) / len(self._pending)
-        self._pending = []
+        mean_loss = sum(self._pending_losses) / len(self._pending_losses)
+        self._pending_losses = []
         self._write(
             event.step,
             event.elapsed,
-            loss=mean,
+            loss=mean_loss,
             lr=event.learning_rate,
             grad_norm=event.grad_norm,
             throughput=round(event.tokens_per_second, 2),
@@ -91,9 +96,12 @@ class JsonLog:
 
 
 def _keep_lines(path: Path, count: int) -> int:
-    """Cut the log to its first `count` lines; returns how many it really has.
+    """Truncate the log to its first `count` lines.
 
-    The file is replaced, so that a log which is a link to another file is not written through.
+    The file is replaced, not overwritten: if the log is a link, the link's target stays unchanged.
+
+    Returns:
+        the number of lines kept, which is less than `count` if the log is shorter.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:count] if count else []
@@ -104,6 +112,7 @@ def _keep_lines(path: Path, count: int) -> int:
 
 
 def _clock(seconds: float) -> str:
+    """Format a duration as H:MM:SS."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"

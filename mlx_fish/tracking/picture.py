@@ -1,29 +1,33 @@
-"""The loss curve of a run as `training_loss.png`."""
+"""Plot the loss curve of a run to `training_loss.png`."""
 
 import io
 from pathlib import Path
 
 from mlx_fish.storage.files import write_bytes
-from mlx_fish.tracking.course import Course
+from mlx_fish.tracking.course import RunMetrics
 from mlx_fish.tracking.events import Event, Finished
 
-PICTURE = "training_loss.png"
+LOSS_CURVE_FILE = "training_loss.png"
 
 
-class Picture:
-    """The sink that draws the curve of `course` when the run is finished."""
+class LossCurve:
+    """The sink that plots the losses in `metrics` when the run is complete."""
 
-    def __init__(self, folder: Path, course: Course):
+    def __init__(self, folder: Path, metrics: RunMetrics):
         self.folder = folder
-        self.course = course
+        self.metrics = metrics
 
     def take(self, event: Event) -> None:
         if isinstance(event, Finished):
-            draw(self.folder, self.course.losses, self.course.eval_losses)
+            draw(self.folder, self.metrics.losses, self.metrics.eval_losses)
 
 
 def draw(folder: Path, losses: list[tuple[int, float]], eval_losses: list[tuple[int, float]]) -> Path:
-    """Save the loss curve as `training_loss.png`: each update, a running mean, and the validations."""
+    """Plot the training losses, their running mean and the validation losses to `folder/training_loss.png`.
+
+    Args:
+        losses, eval_losses: (step, loss in nats per supervised token).
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -32,17 +36,17 @@ def draw(folder: Path, losses: list[tuple[int, float]], eval_losses: list[tuple[
     axes = FigureCanvasAgg(figure).figure.add_subplot()
     steps = [step for step, _ in losses]
     values = [loss for _, loss in losses]
-    few = len(steps) <= 20
+    show_markers = len(steps) <= 20
     axes.plot(
         steps,
         values,
         color="#9ecae1",
         linewidth=1,
-        marker="o" if few else None,
+        marker="o" if show_markers else None,
         markersize=3,
         label="training, each update",
     )
-    if not few:
+    if not show_markers:
         axes.plot(
             steps,
             _running_mean(values, max(5, len(values) // 20)),
@@ -60,15 +64,16 @@ def draw(folder: Path, losses: list[tuple[int, float]], eval_losses: list[tuple[
     axes.set(xlabel="optimizer updates", ylabel="loss (nats a token)")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", metadata={"Software": None})
-    write_bytes(folder / PICTURE, picture.getvalue())
-    return folder / PICTURE
+    png = io.BytesIO()
+    figure.savefig(png, format="png", metadata={"Software": None})
+    write_bytes(folder / LOSS_CURVE_FILE, png.getvalue())
+    return folder / LOSS_CURVE_FILE
 
 
 def _running_mean(values: list[float], width: int) -> list[float]:
+    """Return the mean of the last `width` values at each position (fewer at the start)."""
     means = []
-    for at in range(len(values)):
-        near = values[max(0, at - width + 1) : at + 1]
-        means.append(sum(near) / len(near))
+    for end in range(1, len(values) + 1):
+        window = values[max(0, end - width) : end]
+        means.append(sum(window) / len(window))
     return means

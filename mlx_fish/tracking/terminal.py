@@ -1,4 +1,7 @@
-"""Events on the terminal (stderr): lines, and a bar while updates are made. A pipe or a file gets ten lines, no bar."""
+"""Show events on stderr: messages, and a progress bar during training.
+
+If stderr is a pipe or a file, about ten lines replace the bar.
+"""
 
 import os
 import sys
@@ -12,7 +15,7 @@ _BAR = "{desc}{percentage:3.0f}%|{bar:16}| {n_fmt}/{total_fmt} [{elapsed}<{remai
 
 
 class Terminal:
-    """The sink that a person reads."""
+    """The sink that prints to stderr."""
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -55,15 +58,15 @@ class Terminal:
             )
 
     def _update(self, event: Updated) -> None:
-        figures = (
+        metrics = (
             f"loss {event.loss:.3f}  lr {event.learning_rate:.1e}  {event.tokens_per_second:.0f} tok/s  "
             f"peak {event.peak_bytes / 1e9:.2f} GB"
         )
         if self._bar is not None:
-            self._bar.set_postfix_str(figures, refresh=False)
+            self._bar.set_postfix_str(metrics, refresh=False)
             self._bar.update()
         elif event.step == self._total or event.step % max(1, self._total // 10) == 0:
-            self._line(f"  {event.step:>5}/{self._total}  {figures}")
+            self._line(f"  {event.step:>5}/{self._total}  {metrics}")
         if event.step == self._total:
             self._end()
 
@@ -73,14 +76,14 @@ class Terminal:
             self._bar = None
 
     def _line(self, text: str) -> None:
-        """A line, above the bar where there is one."""
+        """Print a line, above the progress bar if there is one."""
         if self._bar is not None:
             with suppress(OSError):  # the terminal may have been closed
                 self._bar.write(text, file=sys.stderr)
             return
         try:
             print(text, file=sys.stderr, flush=True)
-        except OSError:  # a closed terminal or a full disk behind `2>` is no reason to lose a run
+        except OSError:  # a closed terminal, or a full disk behind `2>`, must not end the run
             sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for the rest of the process)
 
 
@@ -88,7 +91,11 @@ TERMINAL = Terminal()
 
 
 class byte_bar:  # noqa: N801 (used like a function)
-    """`with byte_bar("fusing") as progress: … progress(done, total)`: a bar of bytes on stderr."""
+    """A progress bar in bytes on stderr.
+
+    with byte_bar("fusing") as progress:
+        progress(done, total)  # bytes
+    """
 
     def __init__(self, title: str):
         self.title = title
@@ -110,5 +117,5 @@ class byte_bar:  # noqa: N801 (used like a function)
 
 
 def size_text(num_bytes: int) -> str:
-    """1981000000 -> `1.98 GB`."""
+    """Format a size in bytes: 1981000000 -> `1.98 GB`."""
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"

@@ -1,1 +1,1 @@
-"""Train: the loop over updates and the learning-rate schedule."""
+"""Train an adapter: the training command, the training loop and the learning-rate schedule."""

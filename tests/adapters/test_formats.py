@@ -131,16 +131,16 @@ def test_mlx_lms_layout(kind: str, base: ModelFolder, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"modules_to_save": ["lm_head"]}, "whole layers were trained beside LoRA"),
-        ({"bias": "all"}, "biases were trained beside LoRA"),
-        ({"lora_bias": True}, "its B has a bias"),
+        ({"modules_to_save": ["lm_head"]}, "full layers were trained in addition to LoRA"),
+        ({"bias": "all"}, "biases were trained in addition to LoRA"),
+        ({"lora_bias": True}, "B has a bias"),
         ({"fan_in_fan_out": True}, "stored transposed"),
         ({"init_lora_weights": "pissa_niter_4"}, "also changed the base's weights"),
-        ({"trainable_token_indices": [3]}, "new token embeddings"),
-        ({"layer_replication": [[0, 2]]}, "repeats the base's layers"),
+        ({"trainable_token_indices": [3]}, "token embeddings were trained"),
+        ({"layer_replication": [[0, 2]]}, "repeats layers of the base"),
         ({"some_new_idea": True}, "does not know and might compute wrongly"),
-        ({"peft_type": "IA3"}, "IA3 adapter; LORA was expected"),
-        ({"use_dora": True}, "magnitude vectors do not fit"),
+        ({"peft_type": "IA3"}, "type IA3, but only LORA is supported"),
+        ({"use_dora": True}, "magnitude vectors do not match"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(
@@ -160,9 +160,9 @@ def test_an_adapter_on_the_embedding_is_refused(base: ModelFolder, tmp_path: Pat
 
 def test_dora_is_fused_but_neither_answered_with_nor_stored_as_lora(base: ModelFolder, tmp_path: Path) -> None:
     folder = train_by_peft(base, tmp_path / "adapter", **KINDS["dora"])
-    with pytest.raises(FishError, match="is DoRA, which answering does not compute; fuse it"):
+    with pytest.raises(FishError, match="is DoRA, but answering supports only plain LoRA; fuse it"):
         load_session(model=str(base.path), adapter=folder, no_adapter=False)
-    with pytest.raises(FishError, match="is DoRA, which a GGUF adapter does not compute"):
+    with pytest.raises(FishError, match="is DoRA, but a GGUF adapter supports only plain LoRA"):
         fuse(base=base, adapter=load_adapter(folder), targets=[Target("gguf-adapter", tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 

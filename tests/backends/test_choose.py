@@ -10,6 +10,8 @@ from mlx_fish.backends import choose as backends
 from mlx_fish.backends.choose import VARIABLE, choose_backend
 from mlx_fish.errors import FishError
 
+pytestmark = pytest.mark.process
+
 MAC, LINUX, INTEL_MAC, WINDOWS = ("darwin", "arm64"), ("linux", "x86_64"), ("darwin", "x86_64"), ("win32", "AMD64")
 
 

@@ -108,4 +108,4 @@ def test_rows_of_a_model_with_windows_are_padded(tiny, tmp_path, capsys):
     job = make_job(TrainConfig(), ModelFolder(tmp_path / "windows", "windows"), load_dataset("fish_care"))
     assert not job.updates.packing and job.updates[0][0].packing is None
     describe(job)
-    assert "attends in windows" in capsys.readouterr().err
+    assert "uses sliding-window attention" in capsys.readouterr().err

@@ -13,6 +13,8 @@ from mlx_fish.data.batches import make_batch
 from mlx_fish.data.dataset import load_dataset
 from mlx_fish.data.templates.template import choose_template
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = [300, 17, 128]  # more than one block of queries, and less
 
 

@@ -10,6 +10,8 @@ import pytest
 from mlx_fish.backends.choose import VARIABLE
 from mlx_fish.backends.protocol import optimizer_step
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", autouse=True)
 def computing_with_mlx():

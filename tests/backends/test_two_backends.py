@@ -16,6 +16,8 @@ from mlx_fish.data.order import Updates
 from mlx_fish.data.templates.template import choose_template
 from mlx_fish.training.schedule import learning_rate
 
+pytestmark = pytest.mark.slow
+
 ROOT_SCRIPT = "tools/loss_compare.py"
 
 

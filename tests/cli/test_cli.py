@@ -12,6 +12,8 @@ from paths import ROOT
 
 from mlx_fish.cli import main
 
+pytestmark = pytest.mark.process
+
 COMMANDS = ["convert", "plan", "train", "generate", "evaluate", "fuse"]
 
 
@@ -38,28 +40,28 @@ def test_help_loads_no_framework(command):
 
 BAD = [
     (["train", "--data", "missing.jsonl"], 1, "there is no such file or folder"),
-    (["train", "--data", "empty.jsonl"], 1, "holds no rows"),
+    (["train", "--data", "empty.jsonl"], 1, "contains no rows"),
     (["train", "--data", "bad.jsonl"], 1, "bad.jsonl:2: not valid JSON"),
-    (["train", "--data", "wrong.jsonl"], 1, "is `qustion` meant?"),
+    (["train", "--data", "wrong.jsonl"], 1, "misspelled as `qustion`?"),
     (["train", "--template", "qwem"], 1, "Did you mean `qwen`?"),
     (["train", "--iters", "0"], 1, "--iters 0: expected at least 1"),
     (["train", "--iterz", "3"], 2, "--iters"),
     (["train", "--backend", "tosch"], 2, "'auto', 'mlx', 'torch'"),
-    (["train", "--lora-dropout", "1"], 1, "expected 0 up to below 1"),
+    (["train", "--lora-dropout", "1"], 1, "expected at least 0 and less than 1"),
     (["train", "--config", "bad.yaml"], 1, "Did you mean `learning_rate`?"),
     (["train", "--output-dir", "full"], 1, "no run of mlx-fish"),
     (["trian"], 2, "Did you mean `train`?"),
     (["generate"], 2, "give a question with -p"),
     (["generate", "-p", " "], 1, "-p is empty"),
     (["generate", "-p", "x", "--top-p", "0.9"], 2, "--temp"),
-    (["generate", "-p", "x", "--seed", "1"], 2, "--seed chooses among samples"),
-    (["generate", "--questions", "bad.jsonl", "--json"], 2, "--json goes with -p"),
-    (["generate", "--questions", "bad.jsonl", "--out", "nowhere/answers.jsonl"], 1, "a folder that exists"),
-    (["convert", "--group-size", "32"], 2, "goes with -q"),
-    (["fuse", "--to-hf", "--ollama-type", "f16"], 2, "goes with --to-ollama"),
+    (["generate", "-p", "x", "--seed", "1"], 2, "--seed has no effect on greedy decoding"),
+    (["generate", "--questions", "bad.jsonl", "--json"], 2, "--json requires -p"),
+    (["generate", "--questions", "bad.jsonl", "--out", "nowhere/answers.jsonl"], 1, "an existing folder"),
+    (["convert", "--group-size", "32"], 2, "requires -q"),
+    (["fuse", "--to-hf", "--ollama-type", "f16"], 2, "requires --to-ollama"),
     (["generate", "-p", "x", "--adapter", "nowhere"], 1, "run `mlx-fish train` first"),
-    (["evaluate", "--adapter", "full"], 1, "was expected"),
-    (["fuse"], 2, "name a target"),
+    (["evaluate", "--adapter", "full"], 1, "expected a folder with"),
+    (["fuse"], 2, "choose a target"),
     (["fuse", "--to-hf"], 1, "run `mlx-fish train` first"),
 ]
 
@@ -195,7 +197,7 @@ def test_evaluate_takes_the_rows_that_the_run_was_trained_on(tmp_path):
     done = run("evaluate", "--split", "all", "--json", cwd=tmp_path)
     assert json.loads(done.stdout)["rows"] == 60
     assert "mine.jsonl, all: 60 rows" in done.stderr
-    assert "longer than --max-seq-length 30 and were cut" in done.stderr
+    assert "longer than --max-seq-length 30 and were truncated" in done.stderr
 
 
 def test_the_base_alone_may_be_any_model(trained, tmp_path):

@@ -3,6 +3,8 @@
 import pytest
 from programs import run
 
+pytestmark = pytest.mark.process
+
 
 def test_finetune_then_ask(tmp_path):
     done = run("scripts/simple_finetune.py", "tiny", cwd=tmp_path)

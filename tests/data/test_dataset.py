@@ -53,8 +53,8 @@ BROKEN = [
     (b"[1, 2]", "an object was expected|a JSON object was expected"),
     (b'{"question": 1, "answer": "b"}', "`question` should be text, not a number"),
     (b'{"question": "a", "answer": "  "}', "`answer` is empty"),
-    (b'{"qustion": "a", "answer": "b"}', "is `qustion` meant"),
-    (b'{"question": "a", "question": "b", "answer": "c"}', "stands twice"),
+    (b'{"qustion": "a", "answer": "b"}', "misspelled as `qustion`"),
+    (b'{"question": "a", "question": "b", "answer": "c"}', "appears twice"),
     (b'{"question": "a", "answer": NaN}', "NaN is not JSON"),
     (b'{"question": "\\ud800", "answer": "b"}', "surrogate"),
     (b"\xff\xfe", "not UTF-8"),
@@ -66,7 +66,7 @@ BROKEN = [
         b'{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}, {"role": "user", "content": "z"}]}',
         "the last turn is not the assistant's",
     ),
-    (b'{"messages": [{"role": "assistant", "content": "y"}]}', "follows no user turn"),
+    (b'{"messages": [{"role": "assistant", "content": "y"}]}', "does not follow a user turn"),
     (b"42", "a JSON object was expected, not a number"),
     (b'"question"', "a JSON object was expected, not text"),
     (b"null", "a JSON object was expected, not null"),
@@ -87,11 +87,14 @@ BROKEN = [
     (b'{"question": "a", "answer": "b", "input": 3}', "`input` should be text, not a number"),
     (b'{"instruction": "a", "output": "b", "history": [["x"]]}', "list of .question, answer. pairs"),
     (b'{"instruction": "a", "output": "b", "history": [["x", ""]]}', "list of .question, answer. pairs"),
-    (b'{"instruction": "a", "output": "b", "history": [["x", "\\udfff"]]}', "`history` holds half of a surrogate pair"),
+    (
+        b'{"instruction": "a", "output": "b", "history": [["x", "\\udfff"]]}',
+        "`history` contains half of a surrogate pair",
+    ),
     (b'{"messages": "hello"}', "should be a list of turns, not text"),
     (b'{"messages": ["hello"]}', "turn 1 is text; an object was expected"),
     (b'{"messages": [{"content": "x"}]}', "turn 1 has the unknown role None"),
-    (b'{"messages": [{"role": "user", "contents": "x"}]}', "turn 1: `content` is missing .is `contents` meant"),
+    (b'{"messages": [{"role": "user", "contents": "x"}]}', "turn 1: `content` is missing .misspelled as `contents`"),
     (b'{"messages": [{"role": "user", "content": null}]}', "turn 1: `content` should be text, not null"),
     (
         b'{"messages": [{"role": "user", "content": [{"type": "text"}]}]}',
@@ -156,7 +159,7 @@ def test_bad_rows_can_be_skipped_and_are_counted(tmp_path):
     assert len(dataset.skipped.first) == 20
     assert dataset.hashes == {"a.jsonl": hashlib.sha256(path.read_bytes()).hexdigest()}
     path.write_bytes(b"{\n" * 3)
-    with pytest.raises(FishError, match="holds no usable rows"):
+    with pytest.raises(FishError, match="contains no usable rows"):
         load_dataset(str(path), skip_bad_rows=True)
 
 
@@ -172,7 +175,7 @@ def test_a_huge_line_takes_little_memory(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 16 << 20
-    assert dataset.skipped.first == [f"{path}:1: the line is longer than 4 MB; one row a line was expected"]
+    assert dataset.skipped.first == [f"{path}:1: the line is longer than 4 MB; one row per line was expected"]
     assert sum(map(len, dataset.splits.values())) == 1
 
 
@@ -193,7 +196,7 @@ def test_a_data_sets_file_stays_in_its_folder(tmp_path, name):
     folder.mkdir()
     (folder / "link.jsonl").symlink_to(tmp_path / "secret.jsonl")
     (folder / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": name}}))
-    with pytest.raises(FishError, match="outside its folder|no file can have|does not exist"):
+    with pytest.raises(FishError, match="outside its folder|not a valid path|does not exist"):
         find_entry("mine", [folder], required=())
 
 
@@ -227,7 +230,9 @@ def test_any_file_is_read_or_refused_line_by_line(tmp_path, lines):
     try:
         examples, _ = read_file(path)
     except FishError as error:
-        assert all(line.startswith((f"{path}:", "… and ", f"{path} holds no rows")) for line in str(error).splitlines())
+        assert all(
+            line.startswith((f"{path}:", "… and ", f"{path} contains no rows")) for line in str(error).splitlines()
+        )
         return
     for example in examples:
         assert example.turns[-1].role == "assistant"
@@ -236,7 +241,7 @@ def test_any_file_is_read_or_refused_line_by_line(tmp_path, lines):
 
 def test_empty_and_missing_files(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n")
-    with pytest.raises(FishError, match="holds no rows"):
+    with pytest.raises(FishError, match="contains no rows"):
         load_dataset(str(tmp_path / "a.jsonl"))
     with pytest.raises(FishError, match="Did you mean `fish_care`"):
         load_dataset("fishcare")

@@ -176,6 +176,7 @@ def test_a_template_that_never_ends_is_given_up(tokenizer, tiny, monkeypatch):
         assert not thread.is_alive(), "it would take turns from everything that follows"
 
 
+@pytest.mark.process
 def test_one_instruction_that_never_ends_ends_the_process():
     """9 ** 9 ** 9 holds Python's lock, so no thread of Python gets a turn."""
     import time

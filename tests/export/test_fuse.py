@@ -191,7 +191,7 @@ def test_wrong_base_of_the_same_shape(qwen: tuple[ModelFolder, Adapter], tmp_pat
     base, adapter = qwen
     add_run_files(adapter, base)
     other = replace(make_model(tmp_path / "other", "qwen2", tied=True, seed=1), name="Owner/Other")
-    refused("trained on Owner/Base, and the weights of Owner/Other", other, adapter, tmp_path / "fused")
+    refused("trained on Owner/Base, but the weights of Owner/Other", other, adapter, tmp_path / "fused")
 
 
 def test_wrong_base_of_another_shape(qwen: tuple[ModelFolder, Adapter], tmp_path: Path) -> None:

@@ -137,6 +137,7 @@ def test_the_way_back(pair: Any, tmp_path: Path) -> None:
     assert back.chat_template == TEMPLATE
 
 
+@pytest.mark.process
 def test_llama3s_rotary_scaling_reaches_llama_cpp(tmp_path: Path) -> None:
     make_model(tmp_path / "base", "llama", tied=False)
     config = read_json(tmp_path / "base" / "config.json")
@@ -175,6 +176,7 @@ def sentencepiece_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+@pytest.mark.process
 def test_sentencepiece_reaches_llama_cpp(tmp_path: Path) -> None:
     """The check compares what llama.cpp's tokenizer makes of the prompts with what transformers makes of them."""
     base = make_model(tmp_path / "base", "llama", tied=False)
@@ -201,6 +203,7 @@ def test_every_tensor_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert seen == list(base.weights) and len(result.artifacts) == 3
 
 
+@pytest.mark.process
 def test_a_quantised_base_made_from_a_gguf_file_uses_that_file(tmp_path: Path) -> None:
     plain = make_model(tmp_path / "plain", "qwen2", tied=True)
     fuse(
@@ -227,8 +230,8 @@ def test_a_quantised_base_made_from_a_gguf_file_uses_that_file(tmp_path: Path) -
     ("changes", "reason"),
     [
         ({"model_type": "mistral"}, "a mistral model cannot be written to GGUF"),
-        ({"use_sliding_window": True}, "sliding window"),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "by the rule longrope"),
+        ({"use_sliding_window": True}, "sliding-window attention"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "of type longrope"),
     ],
 )
 def test_what_gguf_does_not_hold_is_refused_by_name(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
@@ -253,7 +256,7 @@ def test_a_tokenizer_that_llama_cpp_does_not_have(tmp_path: Path) -> None:
         ],
     }
     write_json(base.path / "tokenizer.json", stored)
-    with pytest.raises(FishError, match="cuts text by a rule of its own"):
+    with pytest.raises(FishError, match="has a pre-tokenizer that llama.cpp is not known to support"):
         vocabulary(base.path, vocab_size=VOCABULARY, generation_config={})
     with pytest.raises(FishError, match="the model has 100 embeddings"):
         vocabulary(base.path, vocab_size=100, generation_config={})

@@ -21,6 +21,8 @@ from mlx_fish.export.targets import Target
 from mlx_fish.export.writer import MergedModel
 from mlx_fish.storage.files import read_json, write_json
 
+pytestmark = pytest.mark.process
+
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}{{ '<|start|>' + m['role'] + '<|end|>\n\n' + m['content'] | trim + '<|eot|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant<|end|>\n\n' }}{% endif %}"

@@ -13,6 +13,8 @@ from mlx_fish.cli import main
 from mlx_fish.errors import FishError
 from mlx_fish.export.targets import DEFAULT_OUT, Target, with_folders
 
+pytestmark = pytest.mark.process
+
 
 def test_places() -> None:
     two = [Target("hf"), Target("gguf", file_types=("q8_0",))]
@@ -20,7 +22,7 @@ def test_places() -> None:
     assert [target.out for target in with_folders(two, Path("x"))] == [Path("x/hf"), Path("x/gguf")]
     assert with_folders(two[:1], Path("x"))[0].out == Path("x")
     assert len(set(DEFAULT_OUT.values())) == len(DEFAULT_OUT)
-    with pytest.raises(FishError, match="a folder was expected"):
+    with pytest.raises(FishError, match="expected a folder"):
         with_folders(two, Path("fish.gguf"))
 
 
@@ -32,13 +34,13 @@ def fish(*arguments: str, cwd: Path) -> Any:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--create", "--to-hf"], 2, "--create goes with --to-ollama"),
-        (["--ollama-adapter", "--to-hf"], 2, "--ollama-adapter goes with --to-ollama"),
-        (["--mlx-bits", "4", "--to-hf"], 2, "--mlx-bits goes with --to-mlx"),
-        (["--dtype", "float32", "--to-gguf", "f16"], 2, "--dtype goes with --to-hf or --to-mlx"),
+        (["--create", "--to-hf"], 2, "--create requires --to-ollama"),
+        (["--ollama-adapter", "--to-hf"], 2, "--ollama-adapter requires --to-ollama"),
+        (["--mlx-bits", "4", "--to-hf"], 2, "--mlx-bits requires --to-mlx"),
+        (["--dtype", "float32", "--to-gguf", "f16"], 2, "--dtype requires --to-hf or --to-mlx"),
         (["--to-gguf", "q9"], 2, "is not one of"),
-        (["--to-hf", "--out", "x.gguf"], 1, "a folder was expected"),
-        (["--to-ollama", "Fish Doctor"], 1, "a name of small letters"),
+        (["--to-hf", "--out", "x.gguf"], 1, "expected a folder"),
+        (["--to-ollama", "Fish Doctor"], 1, "expected a name of lower-case letters"),
         (["--to-ollama", "--create"], 1, "needs `ollama` on the PATH"),
     ],
 )

@@ -21,6 +21,8 @@ from mlx_fish.export.verify.compare import Check, Comparison, ask_reader, mean_k
 from mlx_fish.export.verify.readers import READERS
 from mlx_fish.export.writer import MergedModel
 
+pytestmark = pytest.mark.process
+
 EXACT = 1e-4  # of any log-probability
 
 
@@ -165,7 +167,7 @@ def test_a_fault_fails_loudly(qwen_read: Pair, monkeypatch: pytest.MonkeyPatch, 
     result = fuse(
         base=qwen_read.base, adapter=qwen_read.adapter, targets=[Target("gguf", tmp_path / "g", file_types=("f32",))]
     )
-    with pytest.raises(FishError, match="is not the adapter model, do not use it"):
+    with pytest.raises(FishError, match="differ from the adapter model, do not use them"):
         verify_artifacts(qwen_read.base, qwen_read.adapter, result.artifacts, required=True)
 
 

@@ -186,6 +186,7 @@ def test_gguf_and_folder_give_the_same_model(tmp_path: Path) -> None:
     assert read(result.path, "generation_config.json")["eos_token_id"] == [258, 256]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("quantizer", ["None", "load_quantizer(4, 32)"])
 def test_a_killed_conversion_leaves_no_folder(tmp_path: Path, quantizer: str) -> None:
     source = tiny.write_folder(tmp_path / "source")

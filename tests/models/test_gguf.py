@@ -106,8 +106,8 @@ def test_damage_is_refused_in_words_or_harmless(tmp_path: Path) -> None:
     [
         (b"", "empty"),
         (b"PK\x03\x04" + bytes(60), "does not begin with GGUF"),
-        (b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0) + bytes(60), "no room"),
-        (b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 60) + bytes(60), "no room"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0) + bytes(60), "more than fit"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 60) + bytes(60), "more than fit"),
         (b"GGUF" + struct.pack(">IQQ", 3, 0, 0) + bytes(60), "little-endian"),
         (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 50) + bytes(60), "ends in the middle"),
     ],
@@ -306,7 +306,7 @@ def test_tokenizers_that_are_not_known_are_named(tmp_path: Path) -> None:
     metadata = sentencepiece_metadata()
     for changes, words in (
         ({"tokenizer.ggml.model": "t5"}, "kind t5"),
-        ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "tekken"}, "rule tekken"),
+        ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "tekken"}, "pre-tokenizer tekken"),
         ({"tokenizer.ggml.tokens": None}, "no tokenizer"),
         ({"tokenizer.ggml.scores": None}, "without scores"),
     ):

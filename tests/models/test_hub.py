@@ -19,6 +19,8 @@ from mlx_fish.errors import FishError
 from mlx_fish.models import hub
 from mlx_fish.models.convert import convert
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -273,13 +275,13 @@ def test_a_path_into_a_folder_here_is_no_hub_id(tmp_path: Path, monkeypatch: pyt
     [
         ("tinny", "Did you mean `tiny`"),
         ("", "''"),
-        ("a\0b", "not a model's name"),
+        ("a\0b", "not a model name"),
         ("../../nowhere", "no file or folder"),
         ("/nowhere/at/all", "no file or folder"),
         ("x" * 5000, r"5000 characters"),
         ("x/" + "y" * 5000, r"5002 characters"),
-        ("https://huggingface.co/Qwen/Qwen2-0.5B", "is an address"),
-        ("a/b/c", "no Hub id"),
+        ("https://huggingface.co/Qwen/Qwen2-0.5B", "is a URL"),
+        ("a/b/c", "not a Hub id"),
         ("owner/..", "no file or folder"),
     ],
 )

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 from paths import ROOT
+from rotation import rotating
 
 from mlx_fish.adapters.spec import AdapterSpec, block_of, choose_layers
 from mlx_fish.planning.memory import Dimensions, Shape, forward_peak_of, peak_of, shape_of
@@ -25,11 +26,14 @@ def models(tmp_path_factory):
     return tmp_path_factory.mktemp("models")
 
 
+@pytest.mark.slow
 def test_the_peak_is_within_a_tenth_of_what_mlx_measures(models):
+    """One of the models a day."""
     assert len(QUICK) >= 6
     assert {setting.model for setting in QUICK} == {"qwen2", "qwen2-4bit", "llama"}
     assert {setting.grad_checkpoint for setting in QUICK} == {setting.packing for setting in QUICK} == {True, False}
-    for measured in fit_plan.measure_in_children(models, QUICK):
+    model = rotating(sorted({setting.model for setting in QUICK}), 3)
+    for measured in fit_plan.measure_in_children(models, [setting for setting in QUICK if setting.model in model]):
         expected = fit_plan.expected(measured, models)
         assert abs(expected / measured.peak - 1) < 0.1, (measured, expected)
 

@@ -25,6 +25,8 @@ from mlx_fish.planning.machine import GIB, MAC_MINIS, Machine, parse_memory, thi
 from mlx_fish.planning.memory import Shape, peak_of
 from mlx_fish.planning.outlook import Outlook
 
+pytestmark = pytest.mark.process
+
 SMALL_MACHINE = Machine("a small machine", 60_000_000, "cpu", 1e11, 1e10)
 
 
@@ -115,7 +117,7 @@ def test_what_a_validation_needs_is_not_promised_away(asked, memory, batch_size)
     assert plan.worst.tokens > 600
     assert not plan.grad_checkpoint
     for advice in plan.advice:
-        assert advice.startswith(("--max-seq-length", "--grad-checkpoint on --max", "a base in 4 bits")), plan.advice
+        assert advice.startswith(("--max-seq-length", "--grad-checkpoint on --max", "a 4-bit base")), plan.advice
 
 
 @pytest.mark.parametrize(("asked", "memory", "resolved"), [
@@ -218,7 +220,7 @@ def test_a_tokenizer_of_another_model_is_named_before_it_loads():
     job = job_of()
     small = ModelFolder(job.folder.path, "small")
     small.config["vocab_size"] = 100
-    with pytest.raises(FishError, match=r"jsonl:\d+ has the token id \d+, and small has 100 embeddings"):
+    with pytest.raises(FishError, match=r"jsonl:\d+ contains token id \d+, but small has only 100 embeddings"):
         make_job(job.config, small, job.dataset)
 
 

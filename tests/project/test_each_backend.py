@@ -7,6 +7,8 @@ import sys
 import pytest
 from paths import TESTS
 
+pytestmark = pytest.mark.process
+
 
 @pytest.mark.parametrize(
     ("chosen", "code", "counts"), [("", 0, "mlx: 1, on torch: 1"), ("mlx", 1, "mlx: 1, on torch: 0")]

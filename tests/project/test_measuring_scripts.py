@@ -7,6 +7,8 @@ import pytest
 from paths import ROOT
 from programs import run
 
+pytestmark = pytest.mark.slow
+
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 

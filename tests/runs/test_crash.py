@@ -10,6 +10,7 @@ import shutil
 import pytest
 from crashing import EXIT_CODE, Touches
 from numpy_backend import NumpyBackend
+from rotation import rotating
 from runs import SMALL, in_child, outcome, resume, train, write_rows
 
 from mlx_fish.adapters.peft import WEIGHTS_FILE, load_adapter
@@ -18,7 +19,8 @@ from mlx_fish.runs.folder import RUN_FILE
 from mlx_fish.storage.files import write_bytes
 from mlx_fish.tracking import picture
 
-PARTS = 2  # the crash points are dealt out to so many tests, so that a failure is found quickly by name
+pytestmark = pytest.mark.slow
+PARTS = 4  # a day tests a quarter of the crash points
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,14 +69,13 @@ def check_top(output, possible):
         assert (output / WEIGHTS_FILE).read_bytes() in possible
 
 
-@pytest.mark.parametrize("part", range(PARTS))
-def test_killed_at_every_touch_of_the_disk(whole, tmp_path, part):
+def test_killed_at_every_touch_of_the_disk(whole, tmp_path):
     folder, settings, possible = whole
     expected = outcome(folder / "run")
     (count, *unflushed) = killed(tmp_path / "counted", settings, 0)
     assert not unflushed, "renamed before it was flushed"
     assert int(count) > 150
-    for number in range(1 + part, int(count) + 1, PARTS):
+    for number in rotating(range(1, int(count) + 1), PARTS):
         output = tmp_path / "run"
         assert killed(output, settings, number) is None, number
         check_top(output, possible)
@@ -101,7 +102,7 @@ def test_killed_at_every_touch_of_a_resumed_run(whole, tmp_path):
     shutil.copytree(start, tmp_path / "counted")
     (count, *unflushed) = killed(tmp_path / "counted", {}, 0, resume)
     assert not unflushed
-    for number in range(1, int(count) + 1):
+    for number in rotating(range(1, int(count) + 1), PARTS):
         output = tmp_path / "run"
         shutil.copytree(start, output)
         assert killed(output, {}, number, resume) is None, number
@@ -121,7 +122,7 @@ def test_killed_at_every_touch_of_an_overwriting_run(whole, tmp_path):
     shutil.copytree(folder / "run", tmp_path / "counted")
     (count, *_) = killed(tmp_path / "counted", changed, 0)
     expected = outcome(tmp_path / "counted")
-    for number in range(1, 60):
+    for number in rotating(range(1, 60), PARTS):
         assert number < int(count)
         output = tmp_path / "run"
         shutil.copytree(folder / "run", output)

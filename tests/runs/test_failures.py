@@ -26,6 +26,8 @@ from mlx_fish.runs.checkpoint import checkpoints
 from mlx_fish.storage.files import write_bytes
 from mlx_fish.storage.tensors import write_safetensors
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture
 def settings(tmp_path):
@@ -44,9 +46,9 @@ def test_a_loss_that_is_not_finite(settings, bad):
     with pytest.raises(FishError) as error:
         train(backend, **settings)
     message = str(error.value)
-    assert message.startswith(f"step 5: the loss ({bad}) or the gradient's norm (1.0) is not finite")
+    assert message.startswith(f"step 5: the loss ({bad}) or the gradient norm (1.0) is not finite")
     assert message.count("rows.jsonl:") == 4  # an update's rows
-    assert message.endswith(f"The last good checkpoint is {settings['output_dir']}/checkpoints/step-00000002.")
+    assert message.endswith(f"The last valid checkpoint is {settings['output_dir']}/checkpoints/step-00000002.")
     assert names(settings) == ["2", "4"]
     log_of(Path(settings["output_dir"]))  # every line is JSON
     load_adapter(Path(settings["output_dir"]))
@@ -55,7 +57,7 @@ def test_a_loss_that_is_not_finite(settings, bad):
 def test_before_any_checkpoint(settings):
     backend = NumpyBackend()
     backend.loss = lambda value: float("nan")
-    with pytest.raises(FishError, match="There is no good checkpoint yet"):
+    with pytest.raises(FishError, match="There is no valid checkpoint yet"):
         train(backend, **settings)
     assert names(settings) == []
     assert not (Path(settings["output_dir"]) / "adapter_model.safetensors").exists()
@@ -80,7 +82,7 @@ def test_the_real_backend_stops_before_the_update(tmp_path, backend_name):
 def test_a_validation_that_is_not_finite(settings):
     backend = NumpyBackend()
     backend.evaluate = lambda batch: float("nan") if backend._step == 3 else 1.0
-    with pytest.raises(FishError, match="validation after step 3 gives the loss nan(.|\n)*step-00000002.$"):
+    with pytest.raises(FishError, match="validation loss after step 3 is nan(.|\n)*step-00000002.$"):
         train(backend, **settings)
     log_of(Path(settings["output_dir"]))
 
@@ -150,7 +152,7 @@ def test_a_full_disk_keeps_what_was_saved(settings, tmp_path, limit, file):
     assert in_child(child) == 0
     assert told.read_text().startswith(f"cannot write {settings['output_dir']}/{file.split('/')[0]}")
     assert "File too large" in told.read_text()
-    assert "checkpoints/step-00000004; to go on: mlx-fish train --resume --output-dir" in told.read_text()
+    assert "checkpoints/step-00000004; to continue: mlx-fish train --resume --output-dir" in told.read_text()
     assert names(settings) == ["2", "4"]
     assert in_child(lambda: resume(NumpyBackend(), output_dir=settings["output_dir"])) == 0
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
@@ -175,7 +177,7 @@ def test_full_standard_streams(tmp_path):
     with open("/dev/full", "w") as full:
         done = command("evaluate", "--model", "tiny", cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True)
         assert done.returncode == 1
-        assert "Error: cannot write the answer: No space left on device." in done.stderr
+        assert "Error: cannot write the output: No space left on device." in done.stderr
         assert "Traceback" not in done.stderr
         done = command("train", "--model", "tiny", "--iters", "1", cwd=tmp_path, stderr=full)
     assert done.returncode == 0
@@ -188,7 +190,7 @@ def test_no_room_is_said_before_the_model_loads(settings, monkeypatch):
     backend = NumpyBackend()
     backend.attach = lambda spec, arrays, **rest: pytest.fail("it went on")
     with pytest.raises(
-        FishError, match=r"needs about 17 MB for the adapter and 3 checkpoints, and the disk has 1 MB left"
+        FishError, match=r"needs about 17 MB for the adapter and 3 checkpoints, but the disk has only 1 MB free"
     ):
         train(backend, **settings)
     assert not Path(settings["output_dir"]).exists()
@@ -246,19 +248,19 @@ def test_a_checkpoint_of_another_shape_is_refused(settings, tiny):
     """A manifest proves that nothing changed by accident, not who wrote it."""
     from mlx_fish.data.dataset import load_dataset
     from mlx_fish.runs.checkpoint import Checkpoint
-    from mlx_fish.runs.resume import Point, check_arrays
+    from mlx_fish.runs.resume import ResumePoint, check_arrays
 
     job = make_job(TrainConfig(**settings), tiny, load_dataset(settings["data"]))
     good = initial_arrays(job.spec, 0)
     moments = {f"{moment}.{name}": array for moment in "mv" for name, array in good.items()}
-    check_arrays(Point(Path(), {}, Checkpoint(1, good, moments, {})), job)
+    check_arrays(ResumePoint(Path(), {}, Checkpoint(1, good, moments, {})), job)
     for adapter, optimizer in (
         (dict(list(good.items())[1:]), moments),
         (good, {}),
         ({**good, "x": good[next(iter(good))]}, moments),
     ):
         with pytest.raises(FishError, match="does not fit"):
-            check_arrays(Point(Path(), {}, Checkpoint(1, adapter, optimizer, {})), job)
+            check_arrays(ResumePoint(Path(), {}, Checkpoint(1, adapter, optimizer, {})), job)
 
 
 def test_bad_rows_are_told_together_or_left_out_and_counted(settings, tmp_path):
@@ -276,7 +278,7 @@ def test_bad_rows_are_told_together_or_left_out_and_counted(settings, tmp_path):
     assert not Path(settings["output_dir"]).exists()
     errors = tmp_path / "stderr"
     assert in_child(lambda: train(NumpyBackend(), **settings, skip_bad_rows=True), errors) == 0
-    assert "! 3 broken rows are left out; the first: " in errors.read_text()
+    assert "! 3 broken rows are skipped; the first: " in errors.read_text()
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["data"]["skipped_rows"] == 3
     assert record["data"]["rows"] == 24

@@ -1,22 +1,16 @@
-"""Twenty kills at random moments (`tools/kill_resume.py` does more)."""
+"""Kills at random moments, other ones each day (`tools/kill_resume.py N` does as many as you like)."""
 
-import subprocess
-import sys
+import pytest
+from programs import run
+from rotation import TODAY
 
-from paths import ROOT
-
-SCRIPT = ROOT / "tools" / "kill_resume.py"
+KILLS = {"mlx": 6, "torch": 3}
 
 
-def test_twenty_kills_at_random_moments(tmp_path, backend_name):
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "20" if backend_name == "mlx" else "5"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=1500,
-        check=False,
-    )
+@pytest.mark.slow
+def test_kills_at_random_moments(tmp_path, backend_name):
+    count = KILLS[backend_name]
+    done = run("tools/kill_resume.py", str(count), "--seed", str(TODAY), cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith("seed 1: 20 kills" if backend_name == "mlx" else "seed 1: 5 kills")
+    assert done.stdout.startswith(f"seed {TODAY}: {count} kills")
     assert "equal to the bit" in done.stdout

@@ -18,6 +18,8 @@ from mlx_fish.adapters.peft import WEIGHTS_FILE
 from mlx_fish.errors import FishError
 from mlx_fish.runs.checkpoint import checkpoints, damage, newest_valid, save_checkpoint
 
+pytestmark = pytest.mark.process
+
 HERE = TESTS / "helpers"
 EPOCH = 6  # updates over the 24 training rows of `write_rows`
 
@@ -148,7 +150,7 @@ def test_a_run_without_a_whole_checkpoint_is_refused(half_done):
     output, _ = half_done
     for path in checkpoints(output / "checkpoints"):
         cut(path / "state.json")
-    with pytest.raises(FishError, match="none of the 2 checkpoints"):
+    with pytest.raises(FishError, match="no valid checkpoint .2 damaged."):
         resume(NumpyBackend(), output_dir=str(output))
 
 
@@ -175,10 +177,10 @@ def test_a_damaged_or_missing_checkpoint_that_is_named_is_refused(half_done):
 
 
 CHANGED = {
-    "seed": ({"seed": 1}, "--seed 1 .it was 42."),
-    "two": ({"lora_rank": 2, "learning_rate": 1.0}, "--lora-rank 2 .it was 1.; --learning-rate 1.0 .it was 0.0005."),
-    "template": ({"template": "alpaca"}, "--template alpaca .it was auto."),
-    "fewer": ({"iters": 5}, "5 updates .it was 6, which can be raised but not lowered."),
+    "seed": ({"seed": 1}, "--seed 1 .was 42."),
+    "two": ({"lora_rank": 2, "learning_rate": 1.0}, "--lora-rank 2 .was 1.; --learning-rate 1.0 .was 0.0005."),
+    "template": ({"template": "alpaca"}, "--template alpaca .was auto."),
+    "fewer": ({"iters": 5}, "5 updates .was 6; the number can be raised, not lowered."),
 }
 
 
@@ -211,7 +213,7 @@ def test_a_changed_base_or_tokenizer_is_refused_by_name(settings, tmp_path, tiny
     assert stopped({**settings, "model": str(model)}, 5) == 143
     template = model / "chat_template.jinja"
     template.write_text(template.read_text().replace("\n", "\n\n"))
-    with pytest.raises(FishError, match="come to other tokens"):
+    with pytest.raises(FishError, match="yield different tokens"):
         resume(NumpyBackend(), output_dir=settings["output_dir"])
     shutil.copyfile(tiny.path / "chat_template.jinja", template)
     from mlx_fish.storage.tensors import open_weights, write_safetensors
@@ -220,7 +222,7 @@ def test_a_changed_base_or_tokenizer_is_refused_by_name(settings, tmp_path, tiny
     arrays = {name: weights.read(name) for name in weights}
     arrays["model.norm.weight"][0] += 1
     write_safetensors(model / "model.safetensors", arrays)
-    with pytest.raises(FishError, match="the base model .* is not the same"):
+    with pytest.raises(FishError, match="the base model .* has changed"):
         resume(NumpyBackend(), output_dir=settings["output_dir"])
 
 
@@ -244,7 +246,7 @@ def test_raising_iters_goes_on_as_a_run_of_that_length_would(settings, tmp_path)
             tmp_path / f"{schedule} longer" / WEIGHTS_FILE
         ).read_bytes()
         assert same == (schedule == "constant")
-        assert ("6 updates became 10" in errors.read_text()) == (schedule == "cosine")
+        assert ("extended from 6 to 10 updates" in errors.read_text()) == (schedule == "cosine")
         rates = [
             {entry["current_steps"]: entry["lr"] for entry in log_of(Path(run["output_dir"])) if "lr" in entry}
             for run in (shorter, longer)
@@ -259,12 +261,12 @@ def test_a_complete_run_says_so(settings, tmp_path):
     before = outcome(tmp_path / "run")
     errors = tmp_path / "stderr"
     assert in_child(lambda: resume(NumpyBackend(), output_dir=settings["output_dir"]), errors) == 0
-    assert "is complete: it did its 6 updates" in errors.read_text()
+    assert "is complete: all 6 updates are done" in errors.read_text()
     assert outcome(tmp_path / "run") == before
 
 
 def test_what_is_no_run_of_ours(tmp_path, settings):
-    with pytest.raises(FishError, match="holds no run to resume"):
+    with pytest.raises(FishError, match="contains no run to resume"):
         resume(NumpyBackend(), output_dir=str(tmp_path))
     (tmp_path / "run.json").write_text('{"settings": {"seed": 1}}')
     with pytest.raises(FishError, match="another version"):

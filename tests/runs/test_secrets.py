@@ -9,6 +9,8 @@ import pytest
 from mlx_fish.cli import main
 from mlx_fish.config import TrainConfig
 
+pytestmark = pytest.mark.process
+
 SENTINEL = "hf_SentinelThatMustNotBeWritten0123456789"
 COMMANDS = [
     ["train", "--model", "tiny", "--iters", "1"],

@@ -6,8 +6,11 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from numpy_backend import NumpyBackend
 from runs import SMALL, log_of, outcome, train, write_rows
+
+pytestmark = pytest.mark.process
 
 # Draws from every generator there is, before the run and in the midst of it, and looks whether the run did.
 PROGRAM = """

@@ -16,6 +16,8 @@ from mlx_fish.runs.folder import read_run
 from mlx_fish.signals import Interrupted, catching
 from mlx_fish.training import train as training
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(autouse=True, scope="module")
 def two_batches_a_validation():
@@ -53,7 +55,7 @@ def test_the_step_is_finished_and_the_way_on_printed(settings, expected, tmp_pat
     backend.during_step = lambda step: os.kill(os.getpid(), signum) if step == 3 else None
     assert in_child(lambda: train(backend, **settings), tmp_path / "stderr") == code
     errors = (tmp_path / "stderr").read_text()
-    assert "! stopping; once more to stop at once" in errors
+    assert "! stopping; press Ctrl-C again to exit immediately" in errors
     assert "! stopped after 3 of 6 updates" in errors
     assert f"mlx-fish train --resume --output-dir {settings['output_dir']}" in errors
     assert "Traceback" not in errors

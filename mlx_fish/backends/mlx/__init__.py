@@ -1,4 +1,4 @@
-"""The MLX backend: Metal on Apple silicon, the same code on a CPU."""
+"""The MLX backend: Metal on Apple silicon, and the same code on a CPU."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -22,13 +22,17 @@ from mlx_fish.objectives.objective import LossFunction, negative_log_likelihood
 
 __all__ = ["Head", "MlxBackend", "runtime"]
 
-# Freed buffers kept for reuse, without holding what other programs need. On a CPU more than this was no faster, measured.
+# Limit of the freed buffers that MLX keeps for reuse, bytes, so that other programs have memory left.
+# On a CPU a larger cache was no faster (docs/performance.md).
 CACHE_BYTES = (1 << 30) if runtime.on_gpu else (128 << 20)
 
 
-def _wire() -> None:
-    """Keep what is computed with resident, so that macOS does not page weights out between two steps, and leave the rest to the
-    display and other programs: a plan's share of the working set that Metal recommends. Older systems have no such limit."""
+def _set_wired_limit() -> None:
+    """Keep MLX's arrays resident, so that macOS does not page weights out between two steps.
+
+    The limit is USABLE_MEMORY, the fraction that the memory planner uses too, of the working set that Metal
+    recommends; the rest is for the display and other programs. Older systems do not support a wired limit.
+    """
     limit = mx.device_info().get("max_recommended_working_set_size")
     if isinstance(limit, int) and limit > 0:
         with contextlib.suppress(ValueError, RuntimeError):
@@ -36,7 +40,7 @@ def _wire() -> None:
 
 
 class MlxBackend:
-    """A base model in MLX, with at most one adapter on it. See `mlx_fish.backends.protocol.Backend`."""
+    """A base model in MLX with at most one adapter. Implements `mlx_fish.backends.protocol.Backend`."""
 
     name = "mlx"
 
@@ -44,12 +48,12 @@ class MlxBackend:
         self.device = "Metal" if runtime.on_gpu and mx.metal.is_available() else "gpu" if runtime.on_gpu else "cpu"
         mx.set_cache_limit(CACHE_BYTES)
         if self.device == "Metal":
-            _wire()
+            _set_wired_limit()
         self.model, dtype = load_model(folder, notice)
         self.dtype = str(dtype).removeprefix("mlx.core.")
-        self._activations = dtype
+        self._activation_dtype = dtype
         self._layers: LoraLayers | None = None
-        self._step = Step(self.model, LoraLayers(self.model, AdapterSpec("lora", {}), dtype))  # evaluates the base
+        self._step = Step(self.model, LoraLayers(self.model, AdapterSpec("lora", {}), dtype))  # the base alone
         self._state: State | None = None
         self._enabled = True
 
@@ -63,11 +67,11 @@ class MlxBackend:
     ) -> None:
         if self._layers is not None:
             self._layers.remove(self.model)
-        self._layers = LoraLayers(self.model, spec, self._activations)
+        self._layers = LoraLayers(self.model, spec, self._activation_dtype)
         self._step = Step(self.model, self._layers, loss=loss, grad_checkpoint=grad_checkpoint)
         flat = self._layers.flatten(arrays)
         self._state = State(flat, mx.zeros_like(flat), mx.zeros_like(flat))
-        mx.eval(self._state.flat, self._state.first, self._state.second)
+        mx.eval(self._state.flat, self._state.first_moment, self._state.second_moment)
         self._enabled = True
 
     def use_adapter(self, enabled: bool) -> None:
@@ -94,14 +98,15 @@ class MlxBackend:
 
     def optimizer_arrays(self) -> Arrays:
         assert self._layers is not None and self._state is not None, "attach an adapter first"
-        first, second = self._layers.unflatten(self._state.first), self._layers.unflatten(self._state.second)
+        first = self._layers.unflatten(self._state.first_moment)
+        second = self._layers.unflatten(self._state.second_moment)
         return {f"m.{key}": array for key, array in first.items()} | {
             f"v.{key}": array for key, array in second.items()
         }
 
     def restore_optimizer(self, arrays: Arrays, step: int) -> None:
         assert self._layers is not None and self._state is not None, "attach an adapter first"
-        for field, prefix in (("first", "m."), ("second", "v.")):
+        for field, prefix in (("first_moment", "m."), ("second_moment", "v.")):
             named = {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
             setattr(self._state, field, self._layers.flatten(named))
         self._state.step = step
@@ -123,7 +128,7 @@ class MlxBackend:
         mx.reset_peak_memory()
 
     def _bind(self) -> None:
-        """Let the layers compute with the present adapter, or without one."""
+        """Bind the adapter's current tensors to the LoRA layers, or none while the adapter is disabled."""
         if self._layers is None or self._state is None:
             return
         if self._enabled:

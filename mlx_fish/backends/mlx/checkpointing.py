@@ -1,6 +1,7 @@
-"""Activation checkpointing: a block keeps its input alone and computes itself again in the backward pass (arXiv 1604.06174).
+"""Activation checkpointing: store only each block's input and recompute the block in the backward pass.
 
-A block's adapter tensors must be arguments of what is recomputed: an array that a function merely captures counts as a constant.
+See arXiv 1604.06174. A block's adapter tensors must be arguments of the recomputed function, since `mx.checkpoint`
+treats captured arrays as constants and computes no gradient for them.
 """
 
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from mlx_fish.backends.mlx.lora import LoraLinear
 
 @contextmanager
 def checkpointed(model: nn.Module) -> Iterator[None]:
-    """Within the block of a `with`, the transformer blocks that hold LoRA layers are computed twice."""
+    """Checkpoint the model's transformer blocks inside a `with` statement."""
     blocks = model.model.layers
     model.model.layers = [CheckpointedBlock(block) for block in blocks]
     try:
@@ -27,12 +28,12 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
 
 
 class CheckpointedBlock(nn.Module):
-    """A transformer block without a cache, as training calls it."""
+    """A checkpointed transformer block. For training only: it does not support a key-value cache."""
 
     def __init__(self, block: nn.Module):
         super().__init__()
         self.block = block
-        self.use_sliding = getattr(block, "use_sliding", False)  # mlx-lm's llama asks its blocks
+        self.use_sliding = getattr(block, "use_sliding", False)  # mlx-lm's llama model reads it from each block
         self._lora = [layer for _, layer in block.named_modules() if isinstance(layer, LoraLinear)]
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:

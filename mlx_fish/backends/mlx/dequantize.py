@@ -1,4 +1,4 @@
-"""Expand a tensor that MLX quantised (affine: value = scale * q + bias for each group of inputs) to float32."""
+"""Dequantise weights that MLX packed, to float32 (affine: value = scale * q + bias in each group of inputs)."""
 
 import mlx_fish.backends.mlx.runtime as runtime  # isort: skip # noqa: F401
 import mlx.core as mx
@@ -7,19 +7,20 @@ import numpy.typing as npt
 
 from mlx_fish.storage.tensors import Float32
 
-_ROWS = 4096  # expanded at a time: an embedding would be held twice otherwise
+_ROWS = 4096  # rows dequantised at a time, so that memory never holds an embedding twice
 
 
 def dequantize(
     weight: npt.NDArray[np.uint32], scales: Float32, biases: Float32, *, group_size: int, bits: int
 ) -> Float32:
-    """The float32 values behind a packed weight.
-
-    Scales and biases come as float32: with half-precision ones MLX would round each value to their type.
+    """Return the float32 values of a packed weight.
 
     Args:
-        weight: (out, in * bits / 32).
-        scales, biases: (out, in / group_size).
+        weight: (out, in * bits / 32), packed.
+        scales, biases: (out, in / group_size), float32. With half-precision scales MLX would
+            round each value to their dtype.
+        group_size: number of weights in a group.
+        bits: bits per weight.
 
     Returns:
         (out, in) float32.

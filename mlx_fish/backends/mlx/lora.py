@@ -1,10 +1,10 @@
-"""LoRA layers in MLX, and the flat vector that holds every trainable number.
+"""LoRA layers in MLX, and the flat vector of all trainable parameters.
 
     x ──┬── W x (+ b), frozen, any precision ─────────┐
         └── dropout ── A x (r) ── B (A x) ── * scale ─┴── y        arXiv 2106.09685
 
-A is (r, in) and B is (out, r), as PEFT stores them. The masters are one float32 vector, so that clipping and AdamW are a few
-operations instead of a few for each of 336 matrices; the layers compute in the model's own dtype.
+A is (r, in) and B is (out, r), as PEFT stores them. The master weights are one float32 vector, so that clipping and
+AdamW are a few operations in total instead of a few for each of 336 matrices. The layers compute in the model's dtype.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,7 @@ from mlx_fish.adapters.spec import AdapterSpec, Arrays, FlatLayout
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer with a low-rank addition: W x (+ b) alone until `bind` gives it A and B."""
+    """A frozen linear layer with a low-rank update. Computes only W x (+ b) until `bind` sets A and B."""
 
     def __init__(self, linear: nn.Module, *, scale: float, dropout: float):
         super().__init__()
@@ -31,14 +31,15 @@ class LoraLinear(nn.Module):
 
     @property
     def values(self) -> list[mx.array]:
-        """A and B, or nothing where none are bound."""
+        """Return [A, B], or an empty list if none are bound."""
         return [] if self.lora_a is None or self.lora_b is None else [self.lora_a, self.lora_b]
 
     def bind(self, values: Iterable[mx.array]) -> None:
-        """Compute with A (r, in) and B (out, r)."""
+        """Set A (r, in) and B (out, r)."""
         self.lora_a, self.lora_b = values
 
     def unbind(self) -> None:
+        """Remove A, B and the dropout key."""
         self.lora_a = self.lora_b = self.dropout_key = None
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -68,20 +69,25 @@ class LoraLayers:
             self.layers.append(layer)
 
     def flatten(self, arrays: Arrays) -> mx.array:
-        """PEFT's named tensors -> (P,) float32."""
+        """Return the tensors under PEFT's keys as one vector (P,), float32."""
         return mx.array(self.layout.flatten(arrays))
 
     def unflatten(self, flat: mx.array) -> Arrays:
-        """(P,) float32 -> PEFT's named tensors."""
+        """Return the parts of a vector (P,), float32, as NumPy arrays under PEFT's keys."""
         return self.layout.unflatten(np.array(flat))
 
     def split(self, flat: mx.array) -> list[mx.array]:
-        """(P,) -> every tensor in turn, inside a traced function."""
+        """Split a vector (P,) into the tensors of all layers, in order. Usable inside a traced function."""
         pieces = mx.split(flat, self.layout.ends)
         return [piece.reshape(shape) for piece, shape in zip(pieces, self.layout.shapes, strict=True)]
 
     def bind(self, tensors: Sequence[mx.array], dropout_key: mx.array | None = None) -> None:
-        """Let every layer compute with its tensors, and drop where a key is given."""
+        """Set the A and B of every layer, cast to the model's dtype.
+
+        Args:
+            tensors: the result of `split`.
+            dropout_key: random key of the dropout masks; None: no dropout.
+        """
         keys: list[mx.array | None] = [None] * len(self.layers)
         if dropout_key is not None and self.spec.dropout:
             keys = [*mx.random.split(dropout_key, len(self.layers))]
@@ -90,21 +96,21 @@ class LoraLayers:
             layer.dropout_key = key
 
     def unbind(self) -> None:
-        """Let every layer compute the base alone."""
+        """Remove the tensors of every layer, so that the model computes the base."""
         for layer in self.layers:
             layer.unbind()
 
     def remove(self, model: nn.Module) -> None:
-        """Put the plain layers back."""
+        """Replace the LoRA layers by the original linear layers."""
         for module, layer in zip(self.spec.layers, self.layers, strict=True):
             parent, name = _parent(model, module)
             setattr(parent, name, layer.linear)
 
 
 def _parent(model: nn.Module, module: str) -> tuple[nn.Module, str]:
-    """`model.layers.0.mlp.up_proj` -> (the mlp, `up_proj`)."""
+    """Return a module's parent and its name there: `model.layers.0.mlp.up_proj` -> (the mlp, `up_proj`)."""
     path, _, name = module.rpartition(".")
     parent = model
-    for part in path.split("."):
-        parent = parent[int(part)] if part.isdigit() else getattr(parent, part)
+    for key in path.split("."):
+        parent = parent[int(key)] if key.isdigit() else getattr(parent, key)
     return parent, name

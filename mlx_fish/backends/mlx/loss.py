@@ -1,17 +1,23 @@
-"""Cross-entropy over a large vocabulary in one pass, with its gradient ready when the forward ends.
+"""Cross-entropy over a large vocabulary in a single pass that also computes the gradient.
 
-For N hidden rows h and the head W (V, D), a loop over chunks of the vocabulary keeps, for each row, over all entries but the
-target t: the running maximum m' of the logits, s' = sum_v exp(l_v - m') and R' = sum_v exp(l_v - m') W_v, rescaled when m' grows
-(the online softmax of arXiv 1805.02867). Then, with m = max(m', l_t) and s = s' exp(m' - m) + exp(l_t - m),
+For N hidden states h (N, D) and the head W (V, D), a loop over chunks of the vocabulary accumulates, for each row and
+over all entries except the target t:
+
+    m'  the running maximum of the logits l_v
+    s'  = sum_v exp(l_v - m')
+    R'  = sum_v exp(l_v - m') W_v
+
+s' and R' are rescaled when m' grows (the online softmax of arXiv 1805.02867). With m = max(m', l_t) and
+s = s' exp(m' - m) + exp(l_t - m), the loss and its gradient are
 
     loss  = m + log s - l_t          dloss/dh = (R' - s' W_t) exp(m' - m) / s
 
-The target is kept apart because a row that is learnt gives it nearly all of s. With W_t in R, the gradient would be the small
-difference of two large numbers, each rounded to the model's type; and with l_t in m', every factor exp(l_v - m') would be so
-small that float16 has no digits for it.
+The target is kept separate because, in a row that the model has learnt, it contributes nearly all of s. With W_t in
+R', the gradient would be the small difference of two large numbers, each rounded to the model's dtype. With l_t in m',
+every factor exp(l_v - m') would be too small for float16 to represent.
 
-No (N, V) array ever exists and nothing is recomputed in the backward pass: the head is frozen under LoRA, so R' is all that the
-backward needs, at the cost of the plain head's products.
+No (N, V) array is ever allocated, and the backward pass recomputes nothing: the head is frozen under LoRA, so R' is
+all that the backward pass needs. The matrix products cost the same as those of the plain head.
 """
 
 from collections.abc import Callable
@@ -30,7 +36,13 @@ CHUNK_BYTES = MLX_LOSS_CHUNK_BYTES["gpu" if runtime.on_gpu else "cpu"]
 
 @dataclass(frozen=True)
 class Head:
-    """The output layer, dense or quantised, tied or not: `weight` is (V, D), or packed with `scales` and `biases`."""
+    """The output projection, dense or quantised, tied or untied.
+
+    Attributes:
+        weight: (V, D), or packed (V, D * bits / 32) if quantised.
+        scales, biases: (V, D / group_size) if quantised, else None.
+        group_size, bits, mode: the parameters of the quantisation.
+    """
 
     weight: mx.array
     scales: mx.array | None = None
@@ -41,7 +53,7 @@ class Head:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Head":
-        """The head of an mlx-lm model; a tied one is the embedding itself."""
+        """Return the head of an mlx-lm model; for a tied head, the embedding."""
         layer = model.lm_head if "lm_head" in model else model.model.embed_tokens
         if "scales" not in layer:
             return cls(layer.weight)
@@ -52,15 +64,15 @@ class Head:
         return int(self.weight.shape[0])
 
     def logits(self, hidden: mx.array, start: int, stop: int) -> mx.array:
-        """(N, D) -> (N, stop - start) float32."""
+        """Return the logits of a chunk of the vocabulary: (N, D) -> (N, stop - start) float32."""
         return self._product(hidden, start, stop, transpose=True).astype(mx.float32)
 
     def weighted_rows(self, factors: mx.array, start: int, stop: int, dtype: mx.Dtype) -> mx.array:
-        """sum_v factors[:, v] W_v over the chunk: (N, stop - start) -> (N, D) float32."""
+        """Return sum_v factors[:, v] W_v over a chunk of the vocabulary: (N, stop - start) -> (N, D) float32."""
         return self._product(factors.astype(dtype), start, stop, transpose=False).astype(mx.float32)
 
     def rows(self, targets: mx.array) -> mx.array:
-        """W[targets]: (N,) -> (N, D) float32."""
+        """Return W[targets]: (N,) -> (N, D) float32."""
         if self.scales is None:
             return self.weight[targets].astype(mx.float32)
         biases = None if self.biases is None else self.biases[targets]
@@ -92,65 +104,70 @@ class Head:
 
 
 def token_losses(head: Head, hidden: mx.array, targets: mx.array, chunk: int | None = None) -> mx.array:
-    """Cross-entropy of each row.
+    """Return the cross-entropy of each row.
 
     Args:
-        hidden: (N, D), any float type.
+        head: the output projection.
+        hidden: (N, D), any float dtype.
         targets: (N,) int32 in [0, V); the caller checks the range.
-        chunk: vocabulary entries at a time; default: what CHUNK_BYTES allows.
+        chunk: number of vocabulary entries in a chunk; default: as many as CHUNK_BYTES allows.
 
     Returns:
-        (N,) float32, in nats.
+        (N,) float32, nats.
     """
-    return _one_pass(head, hidden, targets, chunk, with_gradients=False)[0]
+    return _single_pass(head, hidden, targets, chunk, with_gradients=False)[0]
 
 
 def token_losses_and_gradients(
     head: Head, hidden: mx.array, targets: mx.array, chunk: int | None = None
 ) -> tuple[mx.array, mx.array]:
-    """As `token_losses`, and dloss_i/dh_i (N, D) float32."""
-    return _one_pass(head, hidden, targets, chunk, with_gradients=True)
+    """Return the losses of `token_losses`, (N,) float32, and their gradients dloss_i/dh_i, (N, D) float32."""
+    return _single_pass(head, hidden, targets, chunk, with_gradients=True)
 
 
-def _one_pass(
+def _single_pass(
     head: Head, hidden: mx.array, targets: mx.array, chunk: int | None, *, with_gradients: bool
 ) -> tuple[mx.array, mx.array]:
-    """The losses (N,), and their gradients (N, D) where they are wanted (else a scalar 0)."""
+    """Return the losses (N,) and, `with_gradients`, their gradients (N, D), else a scalar 0; all float32."""
     chunk = chunk or min(MLX_LOSS_MAX_CHUNK, max(MLX_LOSS_MIN_CHUNK, CHUNK_BYTES // (4 * hidden.shape[0])))
     targets = targets[:, None]
-    # An array (V,): numbers written into the graph would be compiled into a kernel for each chunk.
-    numbers = mx.arange(head.vocab_size)
+    # An array (V,): Python numbers would become constants of the graph, and each chunk would need a kernel of its own.
+    vocab_ids = mx.arange(head.vocab_size)
     running_max = mx.full((hidden.shape[0], 1), -mx.inf)  # m'
     target_logit = mx.zeros((hidden.shape[0], 1))  # l_t
     running_sum = mx.zeros((hidden.shape[0], 1))  # s'
     weighted_rows = mx.zeros(hidden.shape) if with_gradients else mx.array(0.0)  # R' (N, D)
     for start in range(0, head.vocab_size, chunk):
         stop = min(start + chunk, head.vocab_size)
-        # Without this, the scheduler may compute many chunks' logits before it folds the first one in.
-        rows = mx.depends(hidden, [target_logit, running_sum, weighted_rows]) if start else hidden
-        logits = head.logits(rows, start, stop)  # (N, chunk)
-        first, last = numbers[start : start + 1], numbers[stop - 1 : stop]
-        # l_t as the product rounded it: in half precision by up to 0.06, which must be the same wherever l_t stands.
-        picked = mx.take_along_axis(logits, mx.clip(targets, first, last) - first, axis=-1)
-        target_logit = mx.where((targets >= first) & (targets <= last), picked, target_logit)
-        others = mx.where(numbers[start:stop] == targets, -mx.inf, logits)
-        new_max = mx.maximum(running_max, others.max(axis=-1, keepdims=True))
-        factors, decay = exp(others - new_max), exp(running_max - new_max)  # (N, chunk), (N, 1); decay is 0 at first
+        # Without this dependency, MLX may compute the logits of many chunks before it accumulates the first one.
+        ordered_hidden = mx.depends(hidden, [target_logit, running_sum, weighted_rows]) if start else hidden
+        logits = head.logits(ordered_hidden, start, stop)  # (N, chunk)
+        first, last = vocab_ids[start : start + 1], vocab_ids[stop - 1 : stop]
+        # l_t comes from the same product as the other logits. In half precision the product is rounded by up to 0.06,
+        # and l_t must have the same rounding wherever the formulas use it.
+        chunk_target_logit = mx.take_along_axis(logits, mx.clip(targets, first, last) - first, axis=-1)
+        target_logit = mx.where((targets >= first) & (targets <= last), chunk_target_logit, target_logit)
+        other_logits = mx.where(vocab_ids[start:stop] == targets, -mx.inf, logits)
+        new_max = mx.maximum(running_max, other_logits.max(axis=-1, keepdims=True))
+        factors, decay = exp(other_logits - new_max), exp(running_max - new_max)  # (N, chunk), (N, 1); first decay is 0
         running_sum = running_sum * decay + row_sums(factors)
         if with_gradients:
             weighted_rows = weighted_rows * decay + head.weighted_rows(factors, start, stop, hidden.dtype)
         running_max = new_max
-    whole_max = mx.maximum(running_max, target_logit)  # m
-    share = exp(running_max - whole_max)
-    whole_sum = running_sum * share + exp(target_logit - whole_max)  # s
-    losses = (whole_max + mx.log(whole_sum) - target_logit)[:, 0]
+    full_max = mx.maximum(running_max, target_logit)  # m
+    rescale = exp(running_max - full_max)  # exp(m' - m)
+    full_sum = running_sum * rescale + exp(target_logit - full_max)  # s
+    losses = (full_max + mx.log(full_sum) - target_logit)[:, 0]
     if not with_gradients:
         return losses, weighted_rows
-    return losses, (weighted_rows - running_sum * head.rows(targets[:, 0])) * (share / whole_sum)
+    return losses, (weighted_rows - running_sum * head.rows(targets[:, 0])) * (rescale / full_sum)
 
 
 def make_log_probs(head: Head, chunk: int | None = None) -> Callable[[mx.array, mx.array], mx.array]:
-    """A differentiable `log_probs(hidden, targets)`: (N, D), (N,) -> (N,) float32; its gradient flows to `hidden` alone."""
+    """Return a differentiable function `log_probs(hidden, targets)`: (N, D), (N,) -> (N,) float32.
+
+    Only `hidden` has a gradient.
+    """
 
     @mx.custom_function
     def log_probs(hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:

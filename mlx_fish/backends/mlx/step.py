@@ -1,7 +1,7 @@
-"""One optimizer update in two compiled functions of arrays: the gradient (forward, loss, backward), then clipping and AdamW.
+"""Compute one optimizer update in two compiled functions: gradient (forward, loss, backward), then clipping and AdamW.
 
-The state is three vectors (masters and AdamW's two moments) and the number of updates done, so compiled functions have few
-inputs and nothing hidden.
+The state consists of three vectors (master weights and AdamW's two moments) and the number of updates done, so the
+compiled functions have few inputs and no hidden state.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,16 +28,22 @@ BETA1, BETA2, EPSILON, MAX_NORM = 0.9, 0.999, 1e-8, 1.0
 
 @dataclass
 class State:
-    """What training changes: (P,) float32 masters and moments, and the updates done."""
+    """The state of training.
+
+    Attributes:
+        flat: (P,) float32 master weights.
+        first_moment, second_moment: (P,) float32, AdamW's moments.
+        step: number of updates done.
+    """
 
     flat: mx.array
-    first: mx.array
-    second: mx.array
+    first_moment: mx.array
+    second_moment: mx.array
     step: int = 0
 
 
 class Step:
-    """The gradient, the update and the evaluation of one model with one set of LoRA layers."""
+    """The compiled gradient, update and evaluation of one model with one set of LoRA layers."""
 
     def __init__(
         self,
@@ -60,32 +66,32 @@ class Step:
     def gradient(
         self, state: State, batches: Sequence[Batch], num_supervised: int, dropout_seeds: Sequence[int]
     ) -> Gradient:
-        """Start to compute the loss of the micro-batches and its gradient (P,), a sum over them."""
+        """Start to compute the loss and the gradient (P,), float32, summed over the micro-batches."""
         total: Gradient | None = None
         for batch, seed in zip(batches, dropout_seeds, strict=True):
             weights = batch.weights / np.float32(num_supervised)
             arrays = self._arrays(batch, weights) | {"key": mx.random.key(seed)}
             if total is not None:
-                mx.async_eval(total.loss, total.values)  # one micro-batch's activations at a time
+                mx.async_eval(total.loss, total.values)  # so that only one micro-batch's activations are held
             loss, values = self._gradient(state.flat, arrays)
             total = Gradient(loss, values) if total is None else Gradient(total.loss + loss, total.values + values)
         assert total is not None, "no micro-batch"
         return total
 
     def update(self, state: State, gradient: Gradient, learning_rate: float) -> Callable[[], StepResult]:
-        """Start the update, change `state`, and return a call that waits for the result."""
+        """Start the update and change `state` in place. Return a function that waits for the result."""
         scalars = mx.array(learning_rate, mx.float32), mx.array(state.step + 1, mx.float32)
-        vectors = state.flat, state.first, state.second
-        *changed, norm, good = self._update(*vectors, *scalars, gradient.loss, gradient.values)
-        state.flat, state.first, state.second = changed
+        vectors = state.flat, state.first_moment, state.second_moment
+        *updated, norm, good = self._update(*vectors, *scalars, gradient.loss, gradient.values)
+        state.flat, state.first_moment, state.second_moment = updated
         state.step += 1
-        mx.async_eval(*changed, gradient.loss, norm, good)
-        return lambda: StepResult(_number(gradient.loss), _number(norm), bool(good.item()))
+        mx.async_eval(*updated, gradient.loss, norm, good)
+        return lambda: StepResult(_to_float(gradient.loss), _to_float(norm), bool(good.item()))
 
     def evaluate(self, flat: mx.array | None, batch: Batch) -> float:
-        """Summed loss over the batch, with the masters (P,) or, without them, of the base alone."""
+        """Return the loss summed over the batch, with the master weights (P,); None: the loss of the base model."""
         tensors = [] if flat is None else self.layers.split(flat)
-        return _number(self._loss(tensors, self._arrays(batch, batch.weights)))
+        return _to_float(self._loss(tensors, self._arrays(batch, batch.weights)))
 
     def _arrays(self, batch: Batch, weights: npt.NDArray[np.float32]) -> dict[str, mx.array]:
         check_ids(batch.inputs, batch.targets, self.head.vocab_size)
@@ -101,7 +107,7 @@ class Step:
         return {name: mx.array(array) for name, array in arrays.items()}
 
     def _hidden(self, batch: dict[str, mx.array]) -> mx.array:
-        """(N, D) hidden states of the supervised positions: no other ever meets the vocabulary."""
+        """Return the hidden states (N, D) of the supervised positions. Only these are multiplied with the head."""
         model = self.model.model
         if "grid" in batch:
             hidden = model.embed_tokens(batch["inputs"])
@@ -117,13 +123,13 @@ class Step:
         if tensors:
             self.layers.bind(tensors)
         else:
-            self.layers.unbind()  # generate() leaves them bound, and a trace would keep them for good
+            self.layers.unbind()  # generate() leaves tensors bound, and a trace would capture them as constants
         losses = token_losses(self.head, self._hidden(batch), batch["targets"])
         self.layers.unbind()
         return self._scalar(-losses, batch)
 
     def _loss_and_gradient(self, flat: mx.array, batch: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
-        """The micro-batch's share of the loss, and its gradient (P,)."""
+        """Return one micro-batch's contribution to the loss, and its gradient (P,), float32."""
 
         def loss_of(tensors: list[mx.array]) -> mx.array:
             self.layers.bind(tensors, batch["key"])
@@ -131,9 +137,10 @@ class Step:
                 hidden = self._hidden(batch)
             return self._scalar(self.log_probs(hidden, batch["targets"]), batch)
 
-        # By tensor, not by vector: the gradient of a slice would be a vector of zeros for each of 336 slices.
+        # With respect to each tensor, not to the vector: the gradient of a slice is a vector as long as all P
+        # parameters and mostly zeros, and there would be one for each of 336 slices.
         loss, gradients = mx.value_and_grad(loss_of)(self.layers.split(flat))
-        self.layers.unbind()  # the layers must not keep this trace's placeholders
+        self.layers.unbind()  # the layers must not keep the placeholder arrays of this trace
         return loss, mx.concatenate([gradient.reshape(-1) for gradient in gradients])
 
     def _scalar(self, log_probs: mx.array, batch: dict[str, mx.array]) -> mx.array:
@@ -149,7 +156,13 @@ class Step:
         loss: mx.array,
         gradient: mx.array,
     ) -> tuple[mx.array, ...]:
-        """Clip to MAX_NORM as torch does, then AdamW with bias correction and no decay; nothing moves if loss or norm is not finite."""
+        """Clip the gradient to MAX_NORM as torch does, and apply AdamW with bias correction and without weight decay.
+
+        All vectors are (P,) float32. If the loss or the norm is not finite, parameters and moments stay unchanged.
+
+        Returns:
+            the new masters and moments, the gradient's norm, and whether the update was applied.
+        """
         norm = mx.sqrt((gradient * gradient).sum())
         good = mx.isfinite(norm) & mx.isfinite(loss)
         gradient = gradient * mx.minimum(MAX_NORM / (norm + 1e-6), 1.0)
@@ -166,7 +179,7 @@ class Step:
         )
 
 
-def _number(scalar: mx.array) -> float:
+def _to_float(scalar: mx.array) -> float:
     value = scalar.item()
     assert isinstance(value, float)
     return value

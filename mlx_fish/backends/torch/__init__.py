@@ -1,4 +1,4 @@
-"""The torch backend: transformers computes the model, PEFT the LoRA layers, on CUDA, Metal or a CPU."""
+"""The torch backend: the model from transformers, LoRA layers from PEFT, on CUDA, Metal or a CPU."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -22,7 +22,7 @@ __all__ = ["TorchBackend"]
 
 
 class TorchBackend:
-    """A base model in torch, with at most one adapter on it. See `mlx_fish.backends.protocol.Backend`."""
+    """A base model in torch with at most one adapter. Implements `mlx_fish.backends.protocol.Backend`."""
 
     name = "torch"
 
@@ -44,7 +44,8 @@ class TorchBackend:
     ) -> None:
         if grad_checkpoint and spec.dropout:
             raise FishError(
-                "--grad-checkpoint with --lora-dropout would draw other masks when torch computes a block again; leave one of them out."
+                "--grad-checkpoint with --lora-dropout does not work with torch, since a recomputed block would draw "
+                "different dropout masks; use only one of them."
             )
         if self._layers is not None:
             self._layers.remove()
@@ -70,8 +71,8 @@ class TorchBackend:
     @torch.inference_mode()
     def logits(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         inputs = torch.from_numpy(ids[None]).to(self._device).long()
-        found: npt.NDArray[np.float32] = self.model(inputs, use_cache=False).logits[0].float().cpu().numpy()
-        return found
+        logits: npt.NDArray[np.float32] = self.model(inputs, use_cache=False).logits[0].float().cpu().numpy()
+        return logits
 
     def adapter_arrays(self) -> Arrays:
         assert self._layers is not None, "attach an adapter first"

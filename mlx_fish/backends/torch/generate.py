@@ -1,4 +1,4 @@
-"""Next tokens from a transformers model: its cache and its logits processors, with a random generator of our own."""
+"""Text generation with a transformers model: its cache and logits processors, with one random generator per row."""
 
 from collections.abc import Iterator, Sequence
 
@@ -16,11 +16,14 @@ from transformers.generation.logits_process import (
 
 from mlx_fish.backends.protocol import Sampling
 
-ROWS = 16  # prompts answered side by side
+MAX_BATCH_SIZE = 16  # prompts answered at a time
 
 
-class Chooser:
-    """Chooses the next id of one row. Row `row` of a batch draws the same numbers whoever shares its batch."""
+class TokenSampler:
+    """The sampler of one row's token ids.
+
+    The random numbers depend on the seed and on `row`, the row's index among all prompts, but not on the other rows.
+    """
 
     def __init__(self, prompt: Sequence[int], sampling: Sampling, *, row: int):
         self.ids = list(prompt)
@@ -30,7 +33,7 @@ class Chooser:
         self.generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draws on every device
 
     def __call__(self, logits: torch.Tensor) -> int:
-        """(V,) logits -> the id, which is remembered for the repetition penalty."""
+        """Sample a token id from logits (V,), and record it for the repetition penalty."""
         scores = self.processors(torch.tensor([self.ids], device=logits.device), logits[None].float())
         if self.greedy:
             token = int(scores.argmax())
@@ -41,21 +44,24 @@ class Chooser:
 
 
 def processors(sampling: Sampling) -> LogitsProcessorList:
-    """The penalty first, then temperature, top-k, top-p."""
-    found = LogitsProcessorList()
+    """Return the logits processors, in this order: repetition penalty, temperature, top-k, top-p."""
+    chain = LogitsProcessorList()
     if sampling.repetition_penalty != 1.0:
-        found.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+        chain.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
     if sampling.temperature != 0:
-        found.append(TemperatureLogitsWarper(float(sampling.temperature)))
+        chain.append(TemperatureLogitsWarper(float(sampling.temperature)))
         if sampling.top_k > 0:
-            found.append(TopKLogitsWarper(sampling.top_k))
+            chain.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1:
-            found.append(TopPLogitsWarper(sampling.top_p))
-    return found
+            chain.append(TopPLogitsWarper(sampling.top_p))
+    return chain
 
 
 class Decoder:
-    """Rows side by side: padded on the left, so that the next id of each follows its last."""
+    """A decoder of a batch of B rows with one key-value cache.
+
+    Rows are padded on the left, so that the last token of every row is in the last column.
+    """
 
     def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]]):
         longest = max(len(prompt) for prompt in prompts)
@@ -69,9 +75,9 @@ class Decoder:
 
     @torch.inference_mode()
     def logits(self) -> torch.Tensor:
-        """(B, V) for the next id of every row."""
+        """Return the logits (B, V) of the next token of every row."""
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -self.inputs.shape[1] :]
-        out = self.model(
+        output = self.model(
             input_ids=self.inputs,
             attention_mask=self.mask,
             position_ids=positions,
@@ -79,37 +85,40 @@ class Decoder:
             use_cache=True,
             logits_to_keep=1,
         )
-        found: torch.Tensor = out.logits[:, -1]
-        return found
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits
 
-    def feed(self, ids: Sequence[int]) -> None:
-        """Give every row its next id."""
+    def append(self, ids: Sequence[int]) -> None:
+        """Append one token id to every row."""
         self.inputs = torch.tensor(ids, device=self.mask.device)[:, None]
         self.mask = torch.cat([self.mask, torch.ones_like(self.inputs)], dim=-1)
 
 
 def generate(model: nn.Module, prompt: Sequence[int], sampling: Sampling, end_ids: Sequence[int]) -> Iterator[int]:
-    """Yield the ids of one answer, end id left out."""
-    decoder, choose = Decoder(model, [prompt]), Chooser(prompt, sampling, row=0)
+    """Yield the token ids of one answer, without the end id."""
+    decoder, sample = Decoder(model, [prompt]), TokenSampler(prompt, sampling, row=0)
     for _ in range(sampling.max_tokens):
-        token = choose(decoder.logits()[0])
+        token = sample(decoder.logits()[0])
         if token in end_ids:
             return
         yield token
-        decoder.feed([token])
+        decoder.append([token])
 
 
 def generate_batch(
     model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, end_ids: Sequence[int]
 ) -> list[list[int]]:
-    """Answer every prompt, ROWS at a time, those of like length together."""
+    """Return the token ids of one answer per prompt, without end ids.
+
+    MAX_BATCH_SIZE prompts are computed at a time, sorted by length to reduce padding.
+    """
     answers: dict[int, list[int]] = {}
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    for at in range(0, len(order), ROWS):
-        rows = order[at : at + ROWS]
-        choosers = [Chooser(prompts[row], sampling, row=row) for row in rows]
+    for start in range(0, len(order), MAX_BATCH_SIZE):
+        rows = order[start : start + MAX_BATCH_SIZE]
+        samplers = [TokenSampler(prompts[row], sampling, row=row) for row in rows]
         answers.update(
-            zip(rows, _answer(model, [prompts[row] for row in rows], choosers, sampling, end_ids), strict=True)
+            zip(rows, _answer(model, [prompts[row] for row in rows], samplers, sampling, end_ids), strict=True)
         )
     return [answers[index] for index in range(len(prompts))]
 
@@ -117,23 +126,24 @@ def generate_batch(
 def _answer(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
-    choosers: Sequence[Chooser],
+    samplers: Sequence[TokenSampler],
     sampling: Sampling,
     end_ids: Sequence[int],
 ) -> list[list[int]]:
+    """Return the token ids of one answer per prompt, all computed in one batch."""
     decoder = Decoder(model, prompts)
     answers: list[list[int]] = [[] for _ in prompts]
     running = [True] * len(prompts)
     for _ in range(sampling.max_tokens):
-        following = [0] * len(prompts)  # a row that has ended is fed on, and not looked at
+        tokens = [0] * len(prompts)  # a finished row continues with zeros, and its logits are ignored
         for row, logits in enumerate(decoder.logits()):
             if not running[row]:
                 continue
-            following[row] = choosers[row](logits)
-            running[row] = following[row] not in end_ids
+            tokens[row] = samplers[row](logits)
+            running[row] = tokens[row] not in end_ids
             if running[row]:
-                answers[row].append(following[row])
+                answers[row].append(tokens[row])
         if not any(running):
             break
-        decoder.feed(following)
+        decoder.append(tokens)
     return answers

@@ -1,8 +1,9 @@
-"""PEFT's LoRA layers on a transformers model, and the flat vector that holds every trainable number.
+"""PEFT's LoRA layers on a transformers model, and the flat vector of all trainable parameters.
 
-PEFT makes the layers, and `products.py` computes them. The masters are one float32 vector, as in `backends/mlx/lora.py`, so
-that clipping and AdamW are a few operations instead of a few for each of 336 matrices. PEFT's matrices are views: of the
-masters themselves in float32, else of a copy in the model's dtype that `refresh` brings up to date.
+PEFT creates the layers, and `products.py` computes them. The master weights are one float32 vector, as in
+`backends/mlx/lora.py`, so that clipping and AdamW are a few operations in total instead of a few for each of 336
+matrices. PEFT's matrices are views: of the masters if the model is in float32, else of a copy in the model's dtype
+that `refresh` updates.
 """
 
 import contextlib
@@ -18,11 +19,11 @@ from mlx_fish.backends.torch.products import ADAPTER, LoraLinear
 
 
 class KeyedDropout(nn.Module):
-    """Dropout drawn from one generator of our own, seeded for each micro-batch; nothing global is drawn from or changed."""
+    """Dropout with its own generator, seeded for each micro-batch. Does not use torch's global generator."""
 
-    def __init__(self, share: float, generator: torch.Generator):
+    def __init__(self, probability: float, generator: torch.Generator):
         super().__init__()
-        self.share = share
+        self.probability = probability
         self.generator = generator
         self.eval()
 
@@ -30,16 +31,16 @@ class KeyedDropout(nn.Module):
         """(..., in) -> (..., in)."""
         if not self.training:
             return x
-        keep = torch.empty_like(x).bernoulli_(1 - self.share, generator=self.generator)
-        return x * keep / (1 - self.share)
+        keep = torch.empty_like(x).bernoulli_(1 - self.probability, generator=self.generator)
+        return x * keep / (1 - self.probability)
 
 
 class LoraLayers:
     """The LoRA layers of a model, and the map between the flat vector and their tensors.
 
     Attributes:
-        master: (P,) float32, what the optimizer moves.
-        tensors: those of each layer in turn, in the model's dtype: what the layers compute with.
+        master: (P,) float32, the parameters that the optimizer updates.
+        tensors: the A and B of each layer in order, in the model's dtype, used by the layers.
     """
 
     def __init__(self, model: nn.Module, spec: AdapterSpec, arrays: Arrays):
@@ -48,33 +49,33 @@ class LoraLayers:
         self.layout = FlatLayout(spec)
         weight = next(model.parameters())
         self.master = nn.Parameter(self.flatten(arrays).to(weight.device))
-        self._computed = self.master.detach().to(weight.dtype)  # the same memory when that is float32
-        self.tensors = [nn.Parameter(view) for view in self._views(self._computed)]
+        self._working_copy = self.master.detach().to(weight.dtype)  # shares the masters' memory in float32
+        self.tensors = [nn.Parameter(view) for view in self._views(self._working_copy)]
         self._generator = torch.Generator(device=weight.device)
         self._dropouts: list[KeyedDropout] = []
         self._tuner = self._inject()
 
     def flatten(self, arrays: Arrays) -> torch.Tensor:
-        """PEFT's named tensors -> (P,) float32 on the CPU."""
+        """Return the tensors under PEFT's keys as one vector (P,), float32, on the CPU."""
         return torch.from_numpy(self.layout.flatten(arrays))
 
     def unflatten(self, flat: torch.Tensor) -> Arrays:
-        """(P,) float32 -> PEFT's named tensors, copied."""
+        """Return copies of the parts of a vector (P,), float32, as NumPy arrays under PEFT's keys."""
         return self.layout.unflatten(flat.detach().cpu().numpy().copy())
 
     def gradient(self, loss: torch.Tensor) -> torch.Tensor:
-        """d loss / d masters, (P,) float32."""
-        pieces = torch.autograd.grad(loss, self.tensors)
-        return torch.cat([piece.reshape(-1).float() for piece in pieces])
+        """Return the gradient of the loss with respect to the masters, (P,) float32."""
+        gradients = torch.autograd.grad(loss, self.tensors)
+        return torch.cat([gradient.reshape(-1).float() for gradient in gradients])
 
     def refresh(self) -> None:
-        """Let the layers compute with the masters as they are now."""
-        if self._computed.dtype != torch.float32:
-            self._computed.copy_(self.master.detach())
+        """Copy the current masters to the tensors that the layers use."""
+        if self._working_copy.dtype != torch.float32:
+            self._working_copy.copy_(self.master.detach())
 
     @contextlib.contextmanager
     def dropout(self, seed: int) -> Iterator[None]:
-        """Drop within the block, by masks that `seed` decides."""
+        """Enable dropout inside a `with` statement, with masks determined by `seed`."""
         self._generator.manual_seed(seed)
         for dropout in self._dropouts:
             dropout.train()
@@ -85,29 +86,31 @@ class LoraLayers:
                 dropout.eval()
 
     def enable(self, enabled: bool) -> None:
-        """Switch all layers to the base alone, or back."""
+        """Enable or disable the adapter in all layers."""
         if enabled:
             self._tuner.enable_adapter_layers()
         else:
             self._tuner.disable_adapter_layers()
 
     def remove(self) -> None:
-        """Put the plain layers back."""
+        """Replace the LoRA layers by the original linear layers."""
         self._tuner.unload()
 
     def _views(self, flat: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Return views of a vector (P,), one for each tensor."""
         pieces = torch.split(flat, self.layout.sizes)
         return [piece.view(shape) for piece, shape in zip(pieces, self.layout.shapes, strict=True)]
 
     def _inject(self) -> LoraModel:
+        """Insert PEFT's LoRA layers into the model, and set their tensors, scales and dropout."""
         config = LoraConfig(
             target_modules="|".join(
                 re.escape(module) for module in self.spec.layers
-            ),  # a pattern: only whole names match
+            ),  # PEFT matches a string as a regular expression against the full module path
             rank_pattern={re.escape(module): layer.rank for module, layer in self.spec.layers.items()},
             bias="none",
         )
-        tuner = LoraModel(self.model, config, ADAPTER, low_cpu_mem_usage=True)  # draws no start of its own
+        tuner = LoraModel(self.model, config, ADAPTER, low_cpu_mem_usage=True)  # skips PEFT's initialisation
         for (module, layer_spec), tensors in zip(
             self.spec.layers.items(), self.layout.by_layer(self.tensors), strict=True
         ):
@@ -118,5 +121,5 @@ class LoraLayers:
             if self.spec.dropout:
                 layer.lora_dropout[ADAPTER] = KeyedDropout(self.spec.dropout, self._generator)
                 self._dropouts.append(layer.lora_dropout[ADAPTER])
-        self.model.eval()  # PEFT's new modules call themselves training
+        self.model.eval()  # PEFT's new modules start in training mode
         return tuner

@@ -1,8 +1,9 @@
-"""Cross-entropy over a large vocabulary in one pass, with its gradient ready when the forward ends.
+"""Cross-entropy over a large vocabulary in a single pass that also computes the gradient.
 
-The computation of `backends/mlx/loss.py`, in torch; its derivation stands there. For each of N hidden rows a loop over chunks of
-the vocabulary keeps, over all entries but the target, the running maximum m' of the logits, s' = sum_v exp(l_v - m') and
-R' = sum_v exp(l_v - m') W_v; no (N, V) tensor ever exists. The head is frozen under LoRA, so R' is all that the backward needs.
+The computation is the same as in `backends/mlx/loss.py`, which has the derivation. For each of N hidden states, a loop
+over chunks of the vocabulary accumulates, over all entries except the target, the running maximum m' of the logits,
+s' = sum_v exp(l_v - m') and R' = sum_v exp(l_v - m') W_v. No (N, V) tensor is ever allocated. The head is frozen under
+LoRA, so R' is all that the backward pass needs.
 """
 
 from typing import Any
@@ -11,8 +12,8 @@ import torch
 
 from mlx_fish.backends.torch.products import linear
 
-CHUNK_BYTES = 32 << 20  # of float32 logits held at a time
-MIN_CHUNK = 1024
+CHUNK_BYTES = 32 << 20  # maximum size of one chunk of float32 logits
+MIN_CHUNK = 1024  # minimum number of vocabulary entries in a chunk
 
 
 def token_losses(
@@ -23,16 +24,19 @@ def token_losses(
     with_gradient: bool = True,
     chunk: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Cross-entropy of each row, and its gradient to the hidden states. Not differentiable itself: see `log_probs`.
+    """Return the cross-entropy of each row and its gradient with respect to the hidden states.
+
+    Not differentiable by autograd; `log_probs` is.
 
     Args:
-        weight: the head, (V, D), any float type.
-        hidden: (N, D), of the same type.
+        weight: the head, (V, D), any float dtype.
+        hidden: (N, D), of the same dtype.
         targets: (N,) int64 in [0, V); the caller checks the range.
-        chunk: vocabulary entries at a time; default: what CHUNK_BYTES allows.
+        with_gradient: also compute the gradient.
+        chunk: number of vocabulary entries in a chunk; default: as many as CHUNK_BYTES allows.
 
     Returns:
-        losses (N,) float32 in nats, and dloss_i/dh_i (N, D) float32, None without `with_gradient`.
+        the losses (N,), float32, nats, and dloss_i/dh_i (N, D), float32; None without `with_gradient`.
     """
     num_rows = hidden.shape[0]
     chunk = chunk or max(MIN_CHUNK, CHUNK_BYTES // (4 * num_rows))
@@ -43,40 +47,44 @@ def token_losses(
     for start in range(0, weight.shape[0], chunk):
         rows = weight[start : start + chunk]
         logits = linear(hidden, rows).float()  # (N, chunk)
-        inside = (targets >= start) & (targets < start + rows.shape[0])
-        places = (targets - start).clamp(0, rows.shape[0] - 1)
-        # l_t as the product rounded it: in half precision by up to 0.06, which must be the same wherever l_t stands.
-        picked = logits.gather(1, places)
-        target_logit = torch.where(inside, picked, target_logit)
-        others = logits.scatter_(1, places, picked.masked_fill(inside, -torch.inf))
-        new_max = torch.maximum(running_max, others.amax(dim=-1, keepdim=True))
-        factors = others.sub_(new_max).exp_()  # in place: this is the largest tensor of a step
-        decay = torch.exp(running_max - new_max)  # 0 in the first chunk, where nothing is there to rescale
+        in_chunk = (targets >= start) & (targets < start + rows.shape[0])
+        columns = (targets - start).clamp(0, rows.shape[0] - 1)
+        # l_t comes from the same product as the other logits. In half precision the product is rounded by up to 0.06,
+        # and l_t must have the same rounding wherever the formulas use it.
+        chunk_target_logit = logits.gather(1, columns)
+        target_logit = torch.where(in_chunk, chunk_target_logit, target_logit)
+        other_logits = logits.scatter_(1, columns, chunk_target_logit.masked_fill(in_chunk, -torch.inf))
+        new_max = torch.maximum(running_max, other_logits.amax(dim=-1, keepdim=True))
+        factors = other_logits.sub_(new_max).exp_()  # in place: this is the largest tensor of a step
+        decay = torch.exp(running_max - new_max)  # 0 in the first chunk, where there is nothing to rescale
         running_sum = running_sum * decay + factors.sum(dim=-1, keepdim=True)
         if weighted_rows is not None:
             weighted_rows.mul_(decay).add_(linear(factors.to(rows.dtype), rows.T))
         running_max = new_max
-    whole_max = torch.maximum(running_max, target_logit)  # m
-    share = torch.exp(running_max - whole_max)
-    whole_sum = running_sum * share + torch.exp(target_logit - whole_max)  # s
-    losses = (whole_max + torch.log(whole_sum) - target_logit)[:, 0]
+    full_max = torch.maximum(running_max, target_logit)  # m
+    rescale = torch.exp(running_max - full_max)  # exp(m' - m)
+    full_sum = running_sum * rescale + torch.exp(target_logit - full_max)  # s
+    losses = (full_max + torch.log(full_sum) - target_logit)[:, 0]
     if weighted_rows is None:
         return losses, None
-    gradients = weighted_rows.sub_(running_sum * weight[targets[:, 0]].float()).mul_(share / whole_sum)
+    gradients = weighted_rows.sub_(running_sum * weight[targets[:, 0]].float()).mul_(rescale / full_sum)
     return losses, gradients
 
 
 class _LogProbs(torch.autograd.Function):
-    """-`token_losses` for autograd: the forward computes the gradient, the backward is one product."""
+    """The autograd function of -`token_losses`.
+
+    The forward pass computes the gradient, so the backward pass is one multiplication.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int | None
     ) -> torch.Tensor:
-        found, gradient = token_losses(weight, hidden, targets, with_gradient=ctx.needs_input_grad[0], chunk=chunk)
+        losses, gradient = token_losses(weight, hidden, targets, with_gradient=ctx.needs_input_grad[0], chunk=chunk)
         ctx.save_for_backward(gradient)
         ctx.dtype = hidden.dtype
-        return -found
+        return -losses
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
@@ -87,6 +95,9 @@ class _LogProbs(torch.autograd.Function):
 def log_probs(
     weight: torch.Tensor, hidden: torch.Tensor, targets: torch.Tensor, chunk: int | None = None
 ) -> torch.Tensor:
-    """Log-probability of each row's target, (N,) float32; the gradient flows to `hidden` alone. Arguments as in `token_losses`."""
-    found: torch.Tensor = _LogProbs.apply(hidden, weight, targets, chunk)
-    return found
+    """Return the log-probability of each row's target, (N,) float32. Only `hidden` has a gradient.
+
+    The arguments are those of `token_losses`.
+    """
+    result: torch.Tensor = _LogProbs.apply(hidden, weight, targets, chunk)
+    return result

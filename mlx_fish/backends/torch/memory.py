@@ -1,4 +1,4 @@
-"""The most memory held since a reset, in bytes: the GPU's where one computes, else this process's."""
+"""Measure peak memory since a reset, in bytes: GPU memory if the model runs on a GPU, else this process's memory."""
 
 import contextlib
 import sys
@@ -8,22 +8,22 @@ import torch
 
 
 def reset(device: torch.device) -> None:
-    """Start anew, where the system can: macOS and Windows keep a process's peak for its whole life."""
+    """Start a new measurement, if the system supports it. On a CPU, macOS and Windows cannot reset a process's peak."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif device.type == "mps":
         torch.mps.empty_cache()
     elif sys.platform == "linux":
-        with contextlib.suppress(PermissionError):  # some containers forbid it; then the peak is that of the whole life
+        with contextlib.suppress(PermissionError):  # forbidden in some containers; the peak is then since process start
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak(device: torch.device) -> int:
-    """Bytes at the most since `reset`, the weights included."""
+    """Return the peak memory since `reset`, weights included, in bytes."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     if device.type == "mps":
-        return int(torch.mps.driver_allocated_memory())  # torch gives nothing back on its own, so this is the peak
+        return int(torch.mps.driver_allocated_memory())  # torch frees none of it by itself, so this is the peak
     if sys.platform == "linux":
         status = Path("/proc/self/status").read_text(encoding="ascii")
         return 1024 * int(status.split("VmHWM:", 1)[1].split()[0])

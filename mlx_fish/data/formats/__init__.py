@@ -1,1 +1,1 @@
-"""The formats of data sets: one row to conversation turns, and LLaMA-Factory's dataset_info.json."""
+"""Data set formats: parsing one row into conversation turns, and LLaMA-Factory's dataset_info.json."""

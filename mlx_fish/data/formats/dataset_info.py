@@ -1,6 +1,7 @@
-"""LLaMA-Factory's dataset_info.json: a data set's name -> its file and what its columns are called.
+"""Read LLaMA-Factory's dataset_info.json, which maps the name of a data set to its file and column names.
 
-The schema: https://github.com/hiyouga/LLaMA-Factory/blob/main/data/README.md. What cannot be honoured is refused by name.
+Schema: https://github.com/hiyouga/LLaMA-Factory/blob/main/data/README.md. Unsupported settings raise an error
+that names them.
 """
 
 from dataclasses import dataclass, field
@@ -21,10 +22,13 @@ _COLUMN_KEYS = {
 
 @dataclass(frozen=True)
 class Columns:
-    """What each part of a row is called; an empty name means that the data set has no such column.
+    """The column names of a data set. An empty name means that the data set has no such column.
 
-    `messages` set: a list of turns, each with `role_tag` and `content_tag`; else one `prompt` and one `response`.
-    `roles` maps the data set's role names to system, user and assistant (empty: the usual names).
+    If `messages` is set, that column contains a list of turns, each with the keys `role_tag` and
+    `content_tag`. Otherwise a row has one `prompt` and one `response`.
+
+    Attributes:
+        roles: the data set's role names -> system, user or assistant. Empty: the usual names.
     """
 
     prompt: str = ""
@@ -40,13 +44,15 @@ class Columns:
 
 @dataclass(frozen=True)
 class Entry:
-    """One data set of a dataset_info.json.
+    """One data set in a dataset_info.json.
 
     Attributes:
-        path: its file.
+        path: the data file.
         info: the dataset_info.json itself.
-        sample_questions: what training asks before and after; a key of ours, which LLaMA-Factory ignores.
-        warning: what the card of a model tuned on it says about its advice, by language (`en`, `zh`); ours too.
+        sample_questions: questions answered before and after training. An mlx-fish key, which LLaMA-Factory
+            ignores.
+        warning: language (`en`, `zh`) -> warning in the model card of a model tuned on this data set. Also an
+            mlx-fish key.
     """
 
     path: Path
@@ -57,15 +63,16 @@ class Entry:
 
 
 def find_entry(name: str, folders: list[Path], *, required: tuple[str, ...]) -> Entry:
-    """Look a data set's name up in each folder's dataset_info.json.
+    """Look up a data set by name in the dataset_info.json of each folder; the first match is returned.
 
     Args:
-        required: the columns that an entry in the alpaca formatting must name.
+        required: the columns that an entry with alpaca formatting must name.
 
     Raises:
-        FishError: no such name (the nearest is suggested), or an entry that asks for what is not supported.
+        FishError: the name is unknown (a similar one is suggested), or its entry is invalid or uses an
+            unsupported setting.
     """
-    known: list[str] = []
+    known_names: list[str] = []
     for folder in folders:
         info_path = folder / FILE_NAME
         if not info_path.is_file():
@@ -73,63 +80,71 @@ def find_entry(name: str, folders: list[Path], *, required: tuple[str, ...]) -> 
         info = read_json(info_path)
         if name in info:
             return _read_entry(folder, name, info[name], required)
-        known += info
-    hint = did_you_mean(name, known)
-    looked = (
-        f"data sets known by name: {', '.join(dict.fromkeys(known))}" if known else f"no {FILE_NAME} was found either"
+        known_names += info
+    hint = did_you_mean(name, known_names)
+    context = (
+        f"known data sets: {', '.join(dict.fromkeys(known_names))}"
+        if known_names
+        else f"no {FILE_NAME} was found either"
     )
-    raise FishError(f"--data {name}: there is no such file or folder ({looked}).{hint}")
+    raise FishError(f"--data {name}: there is no such file or folder ({context}).{hint}")
 
 
 def _read_entry(folder: Path, name: str, entry: Any, required: tuple[str, ...]) -> Entry:
-    place = f"{folder / FILE_NAME}: `{name}`"
+    where = f"{folder / FILE_NAME}: `{name}`"
     if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
-        raise FishError(f"{place} has no `file_name`; only data sets in local files are read.")
-    unknown = [key for key in entry if key not in _KNOWN_KEYS and entry[key]]
-    if unknown:
+        raise FishError(f"{where} has no `file_name`; only data sets in local files are supported.")
+    unsupported = [key for key in entry if key not in _KNOWN_KEYS and entry[key]]
+    if unsupported:
         raise FishError(
-            f"{place} asks for {', '.join(unknown)}, which mlx-fish does not support; remove it or give the file itself."
+            f"{where} sets {', '.join(unsupported)}, which mlx-fish does not support; "
+            "remove it or pass the file itself."
         )
     if not is_path(entry["file_name"]):
-        raise FishError(f"{place} has a `file_name` that no file can have.")
+        raise FishError(f"{where} has a `file_name` that is not a valid path.")
     path = folder / entry["file_name"]
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise FishError(f"{place} names a file outside its folder ({entry['file_name']}).")
+        raise FishError(f"{where} names a file outside its folder ({entry['file_name']}).")
     if not path.is_file():
-        raise FishError(f"{place} names {path}, which does not exist.")
+        raise FishError(f"{where} names {path}, which does not exist.")
     questions, warning = entry.get("sample_questions") or [], entry.get("warning") or {}
     if not isinstance(questions, list) or not all(isinstance(text, str) and text.strip() for text in questions):
-        raise FishError(f"{place}: `sample_questions` should be a list of questions.")
+        raise FishError(f"{where}: `sample_questions` should be a list of questions.")
     if not isinstance(warning, dict) or not all(isinstance(text, str) for text in (*warning, *warning.values())):
-        raise FishError(f'{place}: `warning` should be an object such as {{"en": "…", "zh": "…"}}.')
-    return Entry(path, folder / FILE_NAME, _columns(place, entry, required), tuple(questions), warning)
+        raise FishError(f'{where}: `warning` should be an object such as {{"en": "…", "zh": "…"}}.')
+    return Entry(path, folder / FILE_NAME, _read_columns(where, entry, required), tuple(questions), warning)
 
 
-def _columns(place: str, entry: dict[str, Any], required: tuple[str, ...]) -> Columns:
+def _read_columns(where: str, entry: dict[str, Any], required: tuple[str, ...]) -> Columns:
+    """Return the column names of an entry, with LLaMA-Factory's defaults.
+
+    Args:
+        where: location of the entry, for error messages.
+    """
     formatting = entry.get("formatting", "alpaca")
     if formatting not in _COLUMN_KEYS:
-        raise FishError(f"{place} has formatting {formatting!r}; expected alpaca, sharegpt or openai.")
+        raise FishError(f"{where} has formatting {formatting!r}; expected alpaca, sharegpt or openai.")
     names = entry.get("columns") or {}
     for key in names:
         if key not in _COLUMN_KEYS[formatting]:
             hint = did_you_mean(key, _COLUMN_KEYS[formatting])
-            raise FishError(f"{place} has a column `{key}`, which mlx-fish does not support with {formatting}.{hint}")
+            raise FishError(f"{where} has a column `{key}`, which mlx-fish does not support with {formatting}.{hint}")
     if formatting == "alpaca":
         names = names or {"prompt": "instruction", "query": "input", "response": "output"}
         if any(column not in names for column in required):
-            raise FishError(f"{place} needs the columns {' and '.join(f'`{column}`' for column in required)}.")
+            raise FishError(f"{where} needs the columns {' and '.join(f'`{column}`' for column in required)}.")
         return Columns(**names)
     tags = entry.get("tags") or {}
-    openai = formatting == "openai"
+    is_openai = formatting == "openai"
     roles = {
-        tags.get("user_tag", "user" if openai else "human"): "user",
-        tags.get("assistant_tag", "assistant" if openai else "gpt"): "assistant",
+        tags.get("user_tag", "user" if is_openai else "human"): "user",
+        tags.get("assistant_tag", "assistant" if is_openai else "gpt"): "assistant",
         tags.get("system_tag", "system"): "system",
     }
     return Columns(
-        messages=names.get("messages", "messages" if openai else "conversations"),
+        messages=names.get("messages", "messages" if is_openai else "conversations"),
         system=names.get("system", ""),
-        role_tag=tags.get("role_tag", "role" if openai else "from"),
-        content_tag=tags.get("content_tag", "content" if openai else "value"),
+        role_tag=tags.get("role_tag", "role" if is_openai else "from"),
+        content_tag=tags.get("content_tag", "content" if is_openai else "value"),
         roles=roles,
     )

@@ -1,1 +1,1 @@
-"""Prompt templates: a conversation to token ids and a mask of the supervised ones."""
+"""Prompt templates: render conversations into token ids and a mask of the supervised tokens."""

@@ -1,4 +1,4 @@
-"""The prompt templates that ship with mlx-fish, as Jinja chat templates."""
+"""Built-in prompt templates, as Jinja chat templates."""
 
 from dataclasses import dataclass
 
@@ -26,11 +26,12 @@ _CONTENT = "message['content']"
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """A template that ships with mlx-fish. EOS in the text stands for the tokenizer's end token.
+    """A built-in prompt template.
 
     Attributes:
-        end_token: the token that ends an answer; empty: the tokenizer's EOS.
-        input_joiner: what stands between a question and its further input.
+        jinja: the template, with the placeholders EOS and BOS for the tokenizer's special tokens.
+        end_token: the token that ends an answer. Empty: the tokenizer's EOS.
+        input_joiner: separator between a question and its additional input.
     """
 
     jinja: str
@@ -39,6 +40,7 @@ class BuiltIn:
 
 
 def _by_role(*, system: str, user: str, assistant: str) -> str:
+    """Return a template that renders each message with the Jinja expression of its role."""
     return _BY_ROLE.replace("SYSTEM", system).replace("USER", user).replace("ASSISTANT", assistant)
 
 

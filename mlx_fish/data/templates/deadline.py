@@ -1,4 +1,4 @@
-"""A bound on the time of work that may never end, such as a stranger's chat template. Knows nothing of the work."""
+"""Run untrusted work that may not terminate, such as rendering a model's chat template, with a time limit."""
 
 import ctypes
 import faulthandler
@@ -8,30 +8,33 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 SECONDS = 5.0
-# One instruction of Python, such as 9 ** 9 ** 9, can hold the interpreter for hours, and no thread of Python gets a turn. Then
-# faulthandler's own thread, which needs none, ends the process and says where it was.
+# A single Python instruction, such as 9 ** 9 ** 9, can hold the GIL for hours, so that no other Python thread
+# runs. In that case faulthandler's watchdog thread, which does not need the GIL, prints a traceback and ends
+# the process.
 HARD_SECONDS = 10.0
 T = TypeVar("T")
-_turn = threading.Lock()  # faulthandler has one timer for the whole process
+_timer_lock = threading.Lock()  # faulthandler has only one timer per process
 
 
 def within(work: Callable[[], T]) -> T:
-    """The result of `work`, or what it raises.
+    """Run `work` with a time limit of `SECONDS`; return its result or raise its exception.
+
+    If `work` holds the GIL for `HARD_SECONDS`, the process is ended.
 
     Raises:
-        TimeoutError: it did not end within `SECONDS`; then it is ended at the next instruction of Python that it reaches.
+        TimeoutError: `work` did not end in time. It is stopped at the next Python instruction that it executes.
     """
-    with _turn:
-        return _within(work)
+    with _timer_lock:
+        return _run_with_timeout(work)
 
 
-def _within(work: Callable[[], T]) -> T:
+def _run_with_timeout(work: Callable[[], T]) -> T:
     results: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue()
 
     def run() -> None:
         try:
             results.put((work(), None))
-        except BaseException as error:  # handed over to the thread that waits
+        except BaseException as error:  # raised again by the waiting thread
             results.put((None, error))
 
     thread = threading.Thread(target=run, daemon=True)
@@ -40,7 +43,7 @@ def _within(work: Callable[[], T]) -> T:
         thread.start()
         result, error = results.get(timeout=SECONDS)
     except queue.Empty:
-        # Left alone it would go on taking turns from every other thread of the process.
+        # Without this, the thread would keep running and take CPU time from the rest of the process.
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
         raise TimeoutError(f"it did not end within {SECONDS:g} seconds") from None
     finally:

@@ -1,11 +1,11 @@
-"""Example -> Tokens: the ids of a conversation and which of them are supervised. The same template makes the prompt.
+"""Render and tokenise examples with a prompt template, and mark the supervised tokens.
 
-A template is a Jinja chat template, ours or the tokenizer's own, rendered by transformers (sandboxed). Training renders the
-conversation turn by turn: what a template puts before an answer is the prompt, exactly as `generate` will render it, and
-what it adds for the answer, up to and including the end token, is supervised.
+A template is a Jinja chat template, built-in or the tokenizer's own, rendered by transformers in a sandbox.
+Training renders a conversation turn by turn. The text before an answer is the prompt, exactly as `generate`
+renders it. The text that the template adds for the answer, up to and including the end token, is supervised:
 
     ### Instruction:\n为什么天是蓝的？\n\n### Response:\n  因为……  <|endoftext|>  \n\n
-    ^------------------- prompt -------------------^  ^---- supervised ----^  ^ context of a next turn
+    ^------------------- prompt -------------------^  ^---- supervised ----^  ^ context of the next turn
 """
 
 from typing import Any
@@ -23,23 +23,30 @@ NAMES = ("auto", "chat", *BUILT_IN)
 
 
 class TemplateTimeoutError(FishError):
-    """A template did not end in time; with the next row it would be no better."""
+    """A template did not terminate in time. Raised immediately, because other rows would fail the same way."""
 
 
 def check_template_name(name: str) -> None:
-    """Refuse an unknown template before anything is loaded."""
+    """Check a template name before anything is loaded.
+
+    Raises:
+        FishError: the name is unknown (a similar one is suggested).
+    """
     if name not in NAMES:
         raise FishError(f"--template {name}: expected one of {', '.join(NAMES)}.{did_you_mean(name, NAMES)}")
 
 
 class Template:
-    """One template bound to one tokenizer: renders prompts and training rows.
+    """A prompt template bound to a tokenizer, which renders and tokenises prompts and training rows.
 
     Attributes:
-        name: `chat` for the tokenizer's own, else a name in BUILT_IN.
-        jinja: the chat template's text, for `chat_template.jinja`.
-        bos: what the tokenizer puts before every text by itself; empty: nothing.
-        end_token, end_token_id: what ends an answer.
+        name: `chat` for the tokenizer's own chat template, else a name in BUILT_IN.
+        jinja: the source of the chat template, for `chat_template.jinja`.
+        bos: the BOS token that the tokenizer adds to every text. Empty if it adds none.
+        end_token, end_token_id: the token that ends an answer, and its id.
+
+    Raises:
+        FishError: the tokenizer lacks the end token, or has no chat template and `name` is `chat`.
     """
 
     def __init__(self, name: str, tokenizer: Any):
@@ -50,7 +57,7 @@ class Template:
         built_in = BUILT_IN.get(name)
         self.input_joiner = built_in.input_joiner if built_in else "\n"
         self.bos = _bos(tokenizer)
-        self.jinja = _bind(built_in.jinja, tokenizer, self.bos) if built_in else _own_template(tokenizer)
+        self.jinja = _bind(built_in.jinja, tokenizer, self.bos) if built_in else _tokenizer_template(tokenizer)
         if built_in:
             self.end_token = built_in.end_token or _eos(tokenizer)
         else:
@@ -58,55 +65,64 @@ class Template:
         ids = tokenizer.encode(self.end_token, add_special_tokens=False)
         if len(ids) != 1:
             raise FishError(
-                f"template {name} ends an answer with {self.end_token}, which this model's tokenizer lacks; use another --template."
+                f"template {name} ends an answer with {self.end_token}, which is not a single token of this model's "
+                "tokenizer; use another --template."
             )
         self.end_token_id = int(ids[0])
-        # By its flag: `all_special_tokens` has only those that the tokenizer's config names.
-        added = tokenizer.added_tokens_decoder.values()
-        self._specials = [str(token) for token in added if token.special or str(token) == self.end_token]
+        # Use the tokens' `special` flag: `all_special_tokens` lists only the tokens named in the tokenizer's
+        # config.
+        added_tokens = tokenizer.added_tokens_decoder.values()
+        self._special_tokens = [str(token) for token in added_tokens if token.special or str(token) == self.end_token]
 
     def prompt(self, turns: tuple[Turn, ...]) -> str:
-        """The text that asks for the next answer."""
+        """Return the prompt text for the next answer."""
         return self._render(turns, add_generation_prompt=True)
 
     def prompt_ids(self, turns: tuple[Turn, ...]) -> list[int]:
-        """The ids of `prompt`, exactly those that training puts before an answer."""
+        """Return the token ids of the prompt, identical to those before the answer in training.
+
+        Raises:
+            FishError: a turn contains a special token.
+        """
         for turn in turns:
-            self._refuse_specials(turn, "the prompt")
+            self._check_special_tokens(turn, "the prompt")
         ids: list[int] = []
         for text, _ in self._segments(turns, "the prompt"):
             ids += self._encode(text)
         return ids
 
     def document_ids(self, text: str, where: str) -> list[int]:
-        """A raw text between the tokenizer's BOS, where it adds one by itself, and the end token.
+        """Return the token ids of a raw text, with the BOS that the tokenizer adds (if any) and the end token.
+
+        Args:
+            where: `file:line` of the text, for error messages.
 
         Raises:
-            FishError: the text holds a special token.
+            FishError: the text contains a special token.
         """
-        self._refuse_specials(Turn("document", text), where)
+        self._check_special_tokens(Turn("document", text), where)
         return [*self._encode(self.bos), *self._encode(text), self.end_token_id]
 
     def answer_text(self, ids: list[int]) -> str:
-        """An answer's text, without a last character of which some bytes are still to come."""
+        """Decode an answer, dropping a last character whose bytes are incomplete."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).rstrip("�")
 
     def tokens(self, example: Example, max_length: int) -> Tokens:
-        """Tokenise a training row, at most `max_length` ids.
+        """Tokenise a training row, truncated to `max_length` ids.
 
         Raises:
-            FishError: the row holds a special token as text, the template changes an answer or an earlier turn, or no supervised
-                token is left within the limit.
+            FishError: the row contains a special token as text, the template changes an answer or an earlier
+                turn, or no supervised token is left within the limit.
         """
         for turn in example.turns:
-            self._refuse_specials(turn, example.where)
+            self._check_special_tokens(turn, example.where)
         ids: list[int] = []
         supervised: list[bool] = []
-        for text, learn in self._segments(example.turns, example.where):
-            piece = self._encode(text)
-            ids += piece
-            supervised += [learn] * len(piece)
-        while not supervised[-1]:  # what follows the last answer predicts nothing that is learnt
+        for text, is_supervised in self._segments(example.turns, example.where):
+            segment_ids = self._encode(text)
+            ids += segment_ids
+            supervised += [is_supervised] * len(segment_ids)
+        while not supervised[-1]:  # tokens after the last answer predict no supervised token
             ids.pop()
             supervised.pop()
         tokens = Tokens(
@@ -117,38 +133,47 @@ class Template:
         )
         if tokens.num_supervised == 0:
             raise FishError(
-                f"{example.where}: the prompt alone fills --max-seq-length {max_length} (the row has {len(ids)} tokens), "
-                "so no supervised token is left; raise the limit or shorten the row."
+                f"{example.where}: the prompt alone fills --max-seq-length {max_length} (the row has {len(ids)} "
+                "tokens), so no supervised token is left; raise the limit or shorten the row."
             )
         return tokens
 
     def _segments(self, turns: tuple[Turn, ...], where: str) -> list[tuple[str, bool]]:
-        """Text pieces and whether they are supervised. Each is tokenised alone, as generation will meet it."""
+        """Split a rendered conversation into (text, is supervised) segments.
+
+        Each segment is tokenised separately, so that the prompt has the same ids in training as in generation.
+
+        Raises:
+            FishError: the template changes an answer, or changes earlier turns when a later turn is added.
+        """
         segments: list[tuple[str, bool]] = []
-        done = ""
+        rendered = ""  # the text covered by `segments`
         for number, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
-            prefix = self._render(turns[:number], add_generation_prompt=True)
-            whole = self._render(turns[: number + 1], add_generation_prompt=False)
-            if not prefix.startswith(done) or not whole.startswith(prefix):
+            prompt = self._render(turns[:number], add_generation_prompt=True)
+            with_answer = self._render(turns[: number + 1], add_generation_prompt=False)
+            if not prompt.startswith(rendered) or not with_answer.startswith(prompt):
                 raise FishError(
-                    f"{where}: template {self.name} changes earlier turns when a later one comes; use --template chatml or another."
+                    f"{where}: template {self.name} changes earlier turns when a later turn is added; "
+                    "use another --template, such as chatml."
                 )
-            answer, end, rest = whole[len(prefix) :].rpartition(self.end_token)
+            answer, end, remainder = with_answer[len(prompt) :].rpartition(self.end_token)
             if not end or answer not in (turn.content, turn.content.strip()):
                 raise FishError(
-                    f"{where}: template {self.name} does not render the answer as it is; use --template chatml or another."
+                    f"{where}: template {self.name} does not render the answer unchanged; "
+                    "use another --template, such as chatml."
                 )
-            segments += [(prefix[len(done) :], False), (answer + end, True)]
-            done = whole[: len(whole) - len(rest)]
-        tail = self._render(turns, add_generation_prompt=turns[-1].role != "assistant")
-        if not tail.startswith(done):
+            segments += [(prompt[len(rendered) :], False), (answer + end, True)]
+            rendered = with_answer[: len(with_answer) - len(remainder)]
+        conversation = self._render(turns, add_generation_prompt=turns[-1].role != "assistant")
+        if not conversation.startswith(rendered):
             raise FishError(
-                f"{where}: template {self.name} changes earlier turns when a later one comes; use --template chatml or another."
+                f"{where}: template {self.name} changes earlier turns when a later turn is added; "
+                "use another --template, such as chatml."
             )
-        if tail[len(done) :]:
-            segments.append((tail[len(done) :], False))
+        if conversation[len(rendered) :]:
+            segments.append((conversation[len(rendered) :], False))
         return segments
 
     def _render(self, turns: tuple[Turn, ...], *, add_generation_prompt: bool) -> str:
@@ -165,12 +190,12 @@ class Template:
             )
 
         try:
-            return render() if self.name in BUILT_IN else within(render)  # a stranger's template may never end
+            return render() if self.name in BUILT_IN else within(render)  # an untrusted template may not terminate
         except TimeoutError as error:
             raise TemplateTimeoutError(
                 f"template {self.name}: {error} with this conversation; use another --template."
             ) from error
-        except Exception as error:  # Jinja's errors, and what a template raises by itself
+        except Exception as error:  # errors from Jinja, and exceptions that a template raises
             raise FishError(
                 f"template {self.name} cannot render this conversation ({error}); use another --template."
             ) from error
@@ -179,64 +204,73 @@ class Template:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def _find_end_token(self) -> str:
-        """What the tokenizer's own template writes after an answer: it must be one special token."""
-        mark = "答案ANSWER"
-        turns = (Turn("user", "问题"), Turn("assistant", mark))
-        _, found, rest = self._render(turns, add_generation_prompt=False).rpartition(mark)
-        specials = [token for token in self.tokenizer.get_added_vocab() if found and rest.startswith(token)]
-        if not specials:
-            raise FishError(
-                "the tokenizer's own chat template writes no end token after an answer; use --template chatml or alpaca."
-            )
-        return str(max(specials, key=len))
+        """Return the special token that the tokenizer's own template writes after an answer.
 
-    def _refuse_specials(self, turn: Turn, where: str) -> None:
-        for token in self._specials:
+        Raises:
+            FishError: the answer is not followed by a special token.
+        """
+        answer = "答案ANSWER"
+        turns = (Turn("user", "问题"), Turn("assistant", answer))
+        _, separator, remainder = self._render(turns, add_generation_prompt=False).rpartition(answer)
+        candidates = [token for token in self.tokenizer.get_added_vocab() if separator and remainder.startswith(token)]
+        if not candidates:
+            raise FishError(
+                "the tokenizer's own chat template writes no end token after an answer; "
+                "use --template chatml or alpaca."
+            )
+        return str(max(candidates, key=len))
+
+    def _check_special_tokens(self, turn: Turn, where: str) -> None:
+        """Raise a FishError if the turn contains a special token."""
+        for token in self._special_tokens:
             if token in turn.content or token in turn.input:
                 raise FishError(
-                    f"{where}: the {turn.role} turn contains {token}, which the model reads as a control token; remove it."
+                    f"{where}: the {turn.role} turn contains {token}, which the model reads as a control token; "
+                    "remove it."
                 )
 
 
 def choose_template(name: str, tokenizer: Any, folder: ModelFolder) -> Template:
-    """Resolve `auto`: the tokenizer's own template when the model stops at its end token, else alpaca.
+    """Return the template with the given name, resolving `auto`.
 
-    A base model never learnt `<|im_end|>` and would not stop, though its tokenizer may carry a chat template.
+    `auto` selects the tokenizer's own chat template if the model stops at its end token, else alpaca. A base
+    model may have a tokenizer with a chat template, but it was never trained on the end token `<|im_end|>`
+    and would not stop.
     """
     if name != "auto":
         return Template(name, tokenizer)
     if getattr(tokenizer, "chat_template", None):
         try:
-            own = Template("chat", tokenizer)
+            chat_template = Template("chat", tokenizer)
         except TemplateTimeoutError:
             raise
         except FishError:
             return Template("alpaca", tokenizer)
-        if own.end_token_id in folder.end_token_ids:
-            return own
+        if chat_template.end_token_id in folder.end_token_ids:
+            return chat_template
     return Template("alpaca", tokenizer)
 
 
 def _bind(jinja: str, tokenizer: Any, bos: str) -> str:
-    """Put the tokenizer's own EOS, and BOS where it adds one by itself, into the text as literals."""
+    """Replace the placeholders EOS and BOS with the tokenizer's tokens as literals; an empty `bos` removes BOS."""
     return jinja.replace("EOS", repr(_eos(tokenizer)) if "EOS" in jinja else "").replace(
         "{{- BOS -}}", f"{{{{- {bos!r} -}}}}" if bos else ""
     )
 
 
 def _bos(tokenizer: Any) -> str:
-    """The tokenizer's BOS where it adds one by itself, else nothing."""
-    with_bos = tokenizer.encode("a", add_special_tokens=True)[:1] == [tokenizer.bos_token_id]
-    return str(tokenizer.bos_token or "") if with_bos else ""
+    """Return the BOS token if the tokenizer adds it to every text, else an empty string."""
+    adds_bos = tokenizer.encode("a", add_special_tokens=True)[:1] == [tokenizer.bos_token_id]
+    return str(tokenizer.bos_token or "") if adds_bos else ""
 
 
 def _eos(tokenizer: Any) -> str:
     if not tokenizer.eos_token:
-        raise FishError("this model's tokenizer names no end token (eos_token); use --template chatml.")
+        raise FishError("this model's tokenizer has no end token (eos_token); use --template chatml.")
     return str(tokenizer.eos_token)
 
 
-def _own_template(tokenizer: Any) -> str:
+def _tokenizer_template(tokenizer: Any) -> str:
     if not isinstance(getattr(tokenizer, "chat_template", None), str):
         raise FishError("this model's tokenizer has no chat template of its own; use --template chatml or alpaca.")
     return str(tokenizer.chat_template)

@@ -1,1 +1,1 @@
-"""Check exported models with independent readers, each in its own process."""
+"""Verify exported models with independent readers, each in its own process."""

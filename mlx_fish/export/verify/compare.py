@@ -1,8 +1,9 @@
-"""Read what `fuse` wrote with other programs, and compare with the adapter model.
+"""Verify exported models: compare each artifact, read by another program, with the base plus adapter.
 
-The adapter model answers a few questions greedily; its log-probabilities along those answers are compared with those that
-each artifact's reader gives for the same tokens. So the top token agreeing everywhere means the same greedy answer.
-Knows nothing of how the artifacts are made: the readers are processes of their own (`readers.py`).
+The adapter model, which is the base with the unmerged adapter, answers a few questions greedily. Its
+log-probabilities along these answers are compared with those that each artifact's reader computes for the
+same tokens. If the top token agrees at every position, the greedy answers are the same. Independent of how
+the artifacts are written: the readers run in their own processes (`readers.py`).
 """
 
 import importlib.util
@@ -30,7 +31,7 @@ from mlx_fish.models.folder import ModelFolder
 from mlx_fish.storage.files import read_json
 
 SMALL = 200_000_000
-"""Parameters up to which reading back takes seconds."""
+"""Number of parameters up to which verification takes only seconds."""
 QUESTIONS = ("今天应该做什么？", "请用一句话介绍你自己。", "What should I do first?")
 _NEEDS = {"transformers": "torch", "peft": "peft", "mlx-lm": "mlx_lm", "llama.cpp": "xllamacpp"}
 _TIMEOUT = 1800
@@ -38,12 +39,13 @@ _TIMEOUT = 1800
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far an artifact may be from the adapter model.
+    """How far an artifact may deviate from the adapter model.
 
     Attributes:
-        difference: the largest of any log-probability (natural logarithm); infinite where only the mean counts.
-        divergence: the mean KL(adapter model || artifact), nats.
-        agreement: the least share of positions with the same top token.
+        difference: maximum absolute difference of any log-probability, nats; infinite if only the mean
+            counts.
+        divergence: maximum mean KL(adapter model || artifact), nats.
+        agreement: minimum share of positions with the same top token.
     """
 
     difference: float
@@ -69,7 +71,14 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a reader found: see `Tolerance`, and `base_divergence`, the mean KL(adapter model || base) beside it."""
+    """The deviation of one artifact from the adapter model.
+
+    Attributes:
+        reader: the program that read the artifact.
+        difference, divergence, agreement: see `Tolerance`.
+        base_divergence: mean KL(adapter model || base), nats, to put `divergence` in proportion.
+        wrong: errors that the reader found in the tokenizer or the chat template.
+    """
 
     artifact: Artifact
     reader: str
@@ -81,16 +90,20 @@ class Comparison:
 
     @property
     def faults(self) -> list[str]:
-        """Everything above the tolerance, in words."""
+        """Descriptions of everything that is outside the tolerance."""
         limit = tolerance(self.artifact.dtype)
-        found = list(self.wrong)
+        faults = list(self.wrong)
         if not self.difference <= limit.difference:
-            found.append(f"a log-probability differs by {self.difference:.2g}, {limit.difference:g} is allowed")
+            faults.append(
+                f"a log-probability differs by {self.difference:.2g}, at most {limit.difference:g} is allowed"
+            )
         if not self.divergence <= limit.divergence:
-            found.append(f"the mean KL is {self.divergence:.2g}, {limit.divergence:g} is allowed")
+            faults.append(f"the mean KL is {self.divergence:.2g}, at most {limit.divergence:g} is allowed")
         if not self.agreement >= limit.agreement:
-            found.append(f"the top token agrees at {self.agreement:.0%} of positions, {limit.agreement:.0%} is needed")
-        return found
+            faults.append(
+                f"the top token agrees at {self.agreement:.0%} of positions, at least {limit.agreement:.0%} is required"
+            )
+        return faults
 
     def __str__(self) -> str:
         kept = "" if self.artifact.kept is None else f", {self.artifact.kept:.1%} of the adapter's change kept"
@@ -101,6 +114,7 @@ class Comparison:
 
 
 def tolerance(dtype: str) -> Tolerance:
+    """Return the tolerance for an artifact's dtype, such as `q8_0` or `bfloat16 in 4 bits`."""
     return TOLERANCES[dtype.split(" in ")[-1]]
 
 
@@ -115,10 +129,13 @@ def verify_artifacts(
     """Compare every artifact with the adapter model.
 
     Args:
-        required: a reader that is not installed is an error; otherwise it is said, and its artifacts are passed over.
+        required: treat a reader that is not installed as an error; otherwise report it, and skip its
+            artifacts.
+        say: called with each line of the report.
 
     Raises:
-        FishError: an artifact is above its tolerance, a reader cannot read it, or the adapter changes no answer at all.
+        FishError: an artifact is outside its tolerance, a reader cannot read it, or the adapter changes no
+            answer.
     """
     readers = {artifact: _reader_of(artifact) for artifact in artifacts}
     for reader in dict.fromkeys(readers.values()):
@@ -133,24 +150,31 @@ def verify_artifacts(
             raise FishError(f"--verify: {missing}; run `pip install 'mlx-fish[verify]'`.")
         say(f"! {missing}")
         return []
-    wanted = [artifact for artifact, reader in readers.items() if _installed(reader)]
-    if not wanted:
+    readable = [artifact for artifact, reader in readers.items() if _installed(reader)]
+    if not readable:
         return []
     with tempfile.TemporaryDirectory(prefix="mlx-fish-verify-") as folder:
         check = Check(base, adapter, Path(folder))
-        found = []
-        for artifact in wanted:
+        comparisons = []
+        for artifact in readable:
             comparison = check.compare(artifact, readers[artifact])
             say(str(comparison))
-            found.append(comparison)
-    faults = [f"{comparison.artifact.path}: {fault}" for comparison in found for fault in comparison.faults]
+            comparisons.append(comparison)
+    faults = [f"{comparison.artifact.path}: {fault}" for comparison in comparisons for fault in comparison.faults]
     if faults:
-        raise FishError(f"what was written is not the adapter model, do not use it: {'; '.join(faults)}.")
-    return found
+        raise FishError(f"the exported files differ from the adapter model, do not use them: {'; '.join(faults)}.")
+    return comparisons
 
 
 class Check:
-    """The reference, computed once, and what it is compared with."""
+    """The reference answers of the adapter model, computed once, and the comparison of artifacts with them.
+
+    Attributes:
+        expected, base_logprobs: log-probabilities of the adapter model and of the base, (N, V).
+        rows: token ids of each prompt with its answer.
+        prompts: text and number of tokens of each prompt.
+        positions: positions compared per row.
+    """
 
     def __init__(
         self,
@@ -159,44 +183,54 @@ class Check:
         folder: Path,
         ask: "Callable[[dict[str, Any], Path], dict[str, Any]] | None" = None,
     ):
-        """`folder` is a place for temporary files; `ask` puts a request to a reader, `ask_reader` unless told."""
+        """Compute the reference answers.
+
+        Args:
+            folder: folder for temporary files.
+            ask: sends a request to a reader and returns its answers; default: `ask_reader`.
+
+        Raises:
+            FishError: the adapter changes no answer of the base.
+        """
         self.base, self.adapter, self.folder, self.ask = base, adapter, folder, ask or ask_reader
         self.values = plain_base(base)
         self.model = _model(base, adapter, self.values)
         self.vocab_size = int(self.values.config["vocab_size"])
-        # llama.cpp's answers are megabytes each for a large vocabulary
+        # For a large vocabulary, each of llama.cpp's answers is megabytes long.
         self.positions = 12 if self.vocab_size <= SMALL_VOCABULARY else 4
-        found = self._run(self._reference_reader(), path=str(self._reference_base()), adapter=str(adapter.path))
-        self.expected, self.of_base = found["logprobs"], found["base_logprobs"]
-        self.rows, self.prompts = json.loads(str(found["rows"])), json.loads(str(found["prompts"]))
-        if np.array_equal(self.expected, self.of_base):
+        reference = self._run(self._reference_reader(), path=str(self._reference_base()), adapter=str(adapter.path))
+        self.expected, self.base_logprobs = reference["logprobs"], reference["base_logprobs"]
+        self.rows, self.prompts = json.loads(str(reference["rows"])), json.loads(str(reference["prompts"]))
+        if np.array_equal(self.expected, self.base_logprobs):
             raise FishError(f"the adapter {adapter.path} changes no answer of {base.name}; there is nothing to verify.")
 
     def compare(self, artifact: Artifact, reader: str) -> Comparison:
+        """Read an artifact with `reader` and compare its answers with the reference."""
         path, adapter = artifact.path, artifact.adapter
         if artifact.kind == "mlx-adapter":
             path, adapter = self._reference_base(), artifact.path
         elif artifact.kind == "gguf-adapter":
             path, adapter = self._base_gguf(), artifact.path
-        found = self._run(reader, path=str(path), adapter=str(adapter) if adapter else None)
-        answers = found["logprobs"]
+        answers = self._run(reader, path=str(path), adapter=str(adapter) if adapter else None)
+        logprobs = answers["logprobs"]
         return Comparison(
             artifact=artifact,
             reader=reader,
-            difference=float(np.abs(answers - self.expected).max()),
-            divergence=mean_kl(self.expected, answers),
-            agreement=float((answers.argmax(-1) == self.expected.argmax(-1)).mean()),
-            base_divergence=mean_kl(self.expected, self.of_base),
-            wrong=tuple(json.loads(str(found["wrong"]))) if "wrong" in found else (),
+            difference=float(np.abs(logprobs - self.expected).max()),
+            divergence=mean_kl(self.expected, logprobs),
+            agreement=float((logprobs.argmax(-1) == self.expected.argmax(-1)).mean()),
+            base_divergence=mean_kl(self.expected, self.base_logprobs),
+            wrong=tuple(json.loads(str(answers["wrong"]))) if "wrong" in answers else (),
         )
 
     def _reference_reader(self) -> str:
+        """Return the reader that computes the adapter model."""
         if not (self.adapter.path / WEIGHTS_FILE).is_file():
             return "mlx-lm-reference"
         return "peft" if not self.values.expanded and _has_peft() else "mlx-fish-reference"
 
     def _reference_base(self) -> Path:
-        """The folder whose values were fused; one is made of a GGUF original."""
+        """Return the folder with the weights that were fused; a GGUF original is converted to one."""
         if self.values.path.is_dir():
             return self.values.path
         folder = self.folder / "original"
@@ -205,13 +239,13 @@ class Check:
         return folder
 
     def _run(self, reader: str, *, path: str, adapter: str | None) -> dict[str, Any]:
-        """What a reader makes of a file or folder."""
+        """Return a reader's answers for a file or folder."""
         return self.ask(
             {
                 "reader": reader,
                 "path": path,
                 "adapter": adapter,
-                # mlx-lm reads only the older form of rope_theta, which a base of others need not have; our folders do.
+                # mlx-lm reads only the older form of rope_theta. Exported folders contain it, but a base may not.
                 "config": {"rope_theta": self.values.config.get("rope_theta")}
                 if path == str(self._reference_base())
                 else None,
@@ -228,7 +262,7 @@ class Check:
         )
 
     def _base_gguf(self) -> Path:
-        """The base in float32, for an adapter file that needs one."""
+        """Write the base as a float32 GGUF file, which an adapter file needs, and return its path."""
         path = self.folder / "base.gguf"
         if not path.is_file():
             writer = GgufWriter(path, self.model, file_type="f32")
@@ -239,10 +273,16 @@ class Check:
 
 
 def ask_reader(request: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Put a request to a reader in a process of its own; judged by what it wrote, since some crash on leaving."""
+    """Run a reader in its own process and return its answers.
+
+    The exit code is ignored if there are answers, because some readers crash on exit.
+
+    Raises:
+        FishError: the reader wrote no answers.
+    """
     out = folder / "answers.npz"
     out.unlink(missing_ok=True)
-    child = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "mlx_fish.export.verify.readers"],
         input=json.dumps({**request, "out": str(out)}),
         capture_output=True,
@@ -251,20 +291,20 @@ def ask_reader(request: dict[str, Any], folder: Path) -> dict[str, Any]:
         check=False,
     )
     if not out.is_file():
-        reason = (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
+        reason = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
         raise FishError(f"{request['reader']} cannot read {request['path']}: {reason}")
     with np.load(out) as stored:
         return dict(stored)
 
 
-def mean_kl(expected: npt.NDArray[np.float32], found: npt.NDArray[np.float32]) -> float:
-    """Mean over rows of KL(expected || found), log-probabilities (N, V), nats."""
+def mean_kl(expected: npt.NDArray[np.float32], actual: npt.NDArray[np.float32]) -> float:
+    """Return the mean over rows of KL(expected || actual) in nats, from log-probabilities (N, V)."""
     p = expected.astype(np.float64)
-    return float((np.exp(p) * (p - found)).sum(axis=-1).mean())
+    return float((np.exp(p) * (p - actual)).sum(axis=-1).mean())
 
 
 def _model(base: ModelFolder, adapter: Adapter, values: PlainBase) -> MergedModel:
-    """What is needed to render prompts, and to write the base as GGUF."""
+    """Return the metadata that rendering prompts and writing the base as GGUF need."""
     template = adapter.path / "chat_template.jinja"
     return MergedModel(
         shapes=values.shapes,
@@ -276,6 +316,7 @@ def _model(base: ModelFolder, adapter: Adapter, values: PlainBase) -> MergedMode
 
 
 def _reader_of(artifact: Artifact) -> str:
+    """Return the name of the program that reads an artifact."""
     if artifact.kind in ("gguf", "ollama", "gguf-adapter"):
         return "llama.cpp"
     if artifact.kind == "hf" and _installed("transformers"):
@@ -292,6 +333,7 @@ def _has_peft() -> bool:
 
 
 def _bos(folder: Path) -> str:
+    """Return the BOS token of a tokenizer folder; empty if it has none."""
     path = folder / "tokenizer_config.json"
     token = read_json(path).get("bos_token") if path.is_file() else None
     return str(token.get("content", "")) if isinstance(token, dict) else token or ""

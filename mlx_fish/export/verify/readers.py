@@ -1,10 +1,10 @@
-"""Other programs' reading of what we wrote: transformers, PEFT, mlx-lm and llama.cpp, each in a process of its own.
+"""Read exported models with other programs: transformers, PEFT, mlx-lm and llama.cpp, each in its own process.
 
-    python -m mlx_fish.export.verify.readers < request.json        writes the .npz that the request names
+    python -m mlx_fish.export.verify.readers < request.json        writes the .npz file that the request names
 
-A process each, since two ggml libraries, or MLX and torch, are better not loaded together, and a reader that crashes should
-not take our work with it. Nothing of our writers is used here: a check that shares code with what it checks proves nothing.
-The request and the answers are described at `Request` in `verify.py`.
+Each reader has its own process, because two ggml libraries, or MLX and torch, should not be loaded together,
+and because a reader may crash. Independent of the writers: a check that shares code with what it checks
+proves nothing. `compare.Check` builds the requests.
 """
 
 import json
@@ -27,25 +27,26 @@ Forward = Callable[[list[int]], LogProbs]
 
 
 def main() -> None:
+    """Run the reader that the request on stdin names, and write its answers."""
     request = json.load(sys.stdin)
     np.savez(request["out"], **READERS[request["reader"]](request))
 
 
 def log_softmax(logits: LogProbs) -> LogProbs:
-    """Over the last axis, computed in float64."""
+    """Return the log-softmax over the last axis, computed in float64."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    found: LogProbs = (shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))).astype(np.float32)
-    return found
+    logprobs: LogProbs = (shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))).astype(np.float32)
+    return logprobs
 
 
 def answer_rows(forward: Forward, request: dict[str, Any]) -> dict[str, Any]:
-    """Log-probabilities at the last positions of each row."""
+    """Return the log-probabilities at the last `positions` positions of each row, (N, V)."""
     last = request["positions"]
     return {"logprobs": np.concatenate([log_softmax(forward(ids)[-last:]) for ids in request["rows"]])}
 
 
 def reference(tuned: Forward, base: Forward, request: dict[str, Any]) -> dict[str, Any]:
-    """The adapter model's own greedy answers, with its and the base's log-probabilities along them."""
+    """Return the adapter model's greedy answers, with its own and the base's log-probabilities along them."""
     texts, prompts = render(request)
     rows = []
     for prompt in prompts:
@@ -63,15 +64,15 @@ def reference(tuned: Forward, base: Forward, request: dict[str, Any]) -> dict[st
 
 
 def render(request: dict[str, Any]) -> tuple[list[str], list[list[int]]]:
-    """The questions in the tuned template, as text and as ids."""
+    """Return the questions rendered with the tuned chat template, as texts and as token ids."""
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(request["tokenizer"], local_files_only=True)
     texts = []
     for question in request["questions"]:
         messages = [{"role": "user", "content": question}]
-        templated = {"chat_template": request["template"], "tokenize": False, "add_generation_prompt": True}
-        texts.append(tokenizer.apply_chat_template(messages, **templated) if request["template"] else question)
+        options = {"chat_template": request["template"], "tokenize": False, "add_generation_prompt": True}
+        texts.append(tokenizer.apply_chat_template(messages, **options) if request["template"] else question)
     return texts, [tokenizer.encode(text, add_special_tokens=False) for text in texts]
 
 
@@ -80,8 +81,8 @@ def _torch_forward(model: Any) -> Forward:
 
     def forward(ids: list[int]) -> LogProbs:
         with torch.no_grad():
-            found: LogProbs = model(torch.tensor([ids])).logits[0].float().numpy()
-            return found
+            logits: LogProbs = model(torch.tensor([ids])).logits[0].float().numpy()
+            return logits
 
     return forward
 
@@ -96,15 +97,16 @@ def _load_torch(folder: str) -> Any:
 
 
 def read_transformers(request: dict[str, Any]) -> dict[str, Any]:
+    """Read a Hugging Face folder with transformers, in float32."""
     return answer_rows(_torch_forward(_load_torch(request["path"])), request)
 
 
 def read_peft(request: dict[str, Any]) -> dict[str, Any]:
-    """The reference: PEFT's own adapter model, unmerged."""
+    """Compute the reference with PEFT's adapter model, unmerged."""
     from peft import PeftModel
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="Found missing adapter keys")  # PEFT goes on without them
+        warnings.filterwarnings("error", message="Found missing adapter keys")  # PEFT only warns about them
         model = PeftModel.from_pretrained(_load_torch(request["path"]), request["adapter"]).eval()
 
     def base(ids: list[int]) -> LogProbs:
@@ -115,7 +117,7 @@ def read_peft(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load_mlx_lm(folder: str, adapter: str | None = None, config: dict[str, Any] | None = None) -> Forward:
-    """On the CPU in float32, so that its own rounding is not taken for the artifact's."""
+    """Load a model with mlx-lm on the CPU in float32, to exclude mlx-lm's own rounding from the comparison."""
     from mlx_fish.backends.blas import load_openblas
 
     load_openblas()
@@ -126,23 +128,27 @@ def _load_mlx_lm(folder: str, adapter: str | None = None, config: dict[str, Any]
     from mlx.utils import tree_map
 
     model = mlx_lm.load(folder, adapter_path=adapter, model_config=config or {})[0]
-    half = (mx.bfloat16, mx.float16)
-    model.update(tree_map(lambda a: a.astype(mx.float32) if a.dtype in half else a, model.parameters()))
+    half_dtypes = (mx.bfloat16, mx.float16)
+    model.update(tree_map(lambda a: a.astype(mx.float32) if a.dtype in half_dtypes else a, model.parameters()))
     return lambda ids: np.array(model(mx.array([ids]))[0].astype(mx.float32))
 
 
 def read_mlx_lm(request: dict[str, Any]) -> dict[str, Any]:
+    """Read a folder, and an adapter if there is one, with mlx-lm."""
     return answer_rows(_load_mlx_lm(request["path"], request["adapter"], request["config"]), request)
 
 
 def read_mlx_lm_reference(request: dict[str, Any]) -> dict[str, Any]:
-    """The reference for an adapter in mlx-lm's layout."""
+    """Compute the reference for an adapter in mlx-lm's layout."""
     tuned = _load_mlx_lm(request["path"], request["adapter"], request["config"])
     return reference(tuned, _load_mlx_lm(request["path"], None, request["config"]), request)
 
 
 def read_mlx_fish_reference(request: dict[str, Any]) -> dict[str, Any]:
-    """The reference where PEFT cannot be: without torch, or on a base that MLX quantised. The model as it was trained."""
+    """Compute the reference with mlx-fish's own model, as it was trained.
+
+    Used if PEFT cannot: without torch, or on a base that MLX quantised.
+    """
     from mlx_fish.adapters.peft import load_adapter
     from mlx_fish.backends.blas import load_openblas
     from mlx_fish.models.folder import ModelFolder
@@ -167,7 +173,7 @@ def read_mlx_fish_reference(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_llama_cpp(request: dict[str, Any]) -> dict[str, Any]:
-    """llama.cpp (PyPI `xllamacpp`), with what its tokenizer and its template engine make of the prompts."""
+    """Read a GGUF file with llama.cpp (PyPI `xllamacpp`), and check its tokenizer and chat template."""
     import xllamacpp
 
     server = xllamacpp.Server(_llama_parameters(xllamacpp, request))
@@ -179,39 +185,43 @@ def read_llama_cpp(request: dict[str, Any]) -> dict[str, Any]:
         with urllib.request.urlopen(urllib.request.Request(server.listening_address + path, data, headers)) as answer:
             return json.load(answer)
 
-    # An end token, or half of a character, would come without its probabilities: they are raw, so any token may be drawn.
+    # The server omits the probabilities if it samples an end token or part of a character. They do not depend on the
+    # sampled token, so force the same letter every time.
     letter = post("/tokenize", {"content": "a", "add_special": False})["tokens"][-1]
     options = {"n_predict": 1, "n_probs": size, "temperature": 0.0, "cache_prompt": True, "logit_bias": [[letter, 1e9]]}
-    found = []
+    rows = []
     for ids in request["rows"]:
         for end in range(len(ids) - last + 1, len(ids) + 1):
             answer = server.handle_completions({"prompt": ids[:end], **options})
             logprobs = np.full(size, -np.inf, np.float32)
             for token in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
                 logprobs[token["id"]] = token["logprob"]
-            found.append(logprobs)
-    wrong = []
+            rows.append(logprobs)
+    errors = []
     for question, (text, length), ids in zip(request["questions"], request["prompts"], request["rows"], strict=True):
         tokens = post("/tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"]
         if tokens != ids[:length]:
-            wrong.append(f"its tokenizer reads {text!r} as {tokens}, not as {ids[:length]}")
+            errors.append(f"its tokenizer reads {text!r} as {tokens}, not as {ids[:length]}")
         if request["template"]:
             rendered = post("/apply-template", {"messages": [{"role": "user", "content": question}]})["prompt"]
             if rendered != text and request["bos"] + rendered != text:
-                wrong.append(f"its template renders {rendered!r}, not {text!r}")
-    # The server's float32 sum over a large vocabulary is off by some 1e-4: normalised anew.
-    return {"logprobs": log_softmax(np.stack(found)), "wrong": np.array(json.dumps(wrong))}
+                errors.append(f"its template renders {rendered!r}, not {text!r}")
+    # The server's float32 sum over a large vocabulary is off by about 1e-4, so normalise again.
+    return {"logprobs": log_softmax(np.stack(rows)), "wrong": np.array(json.dumps(errors))}
 
 
 def _llama_parameters(xllamacpp: Any, request: dict[str, Any]) -> Any:
-    """Exact to some 1e-6 against float32: no flash attention, a float32 cache, everything on the CPU."""
+    """Return parameters that keep llama.cpp within about 1e-6 of float32.
+
+    They disable flash attention and the GPU, and keep the KV cache in float32.
+    """
     parameters = xllamacpp.CommonParams()
     parameters.model.path = request["path"]
     parameters.n_ctx = 2 * max(map(len, request["rows"])) + 64
     parameters.n_gpu_layers = 0
     parameters.n_parallel = 1
     parameters.warmup = False
-    for threads in (parameters.cpuparams, parameters.cpuparams_batch):  # a tiny model is slowed by a second thread
+    for threads in (parameters.cpuparams, parameters.cpuparams_batch):  # a second thread slows a tiny model down
         threads.n_threads = 1 if request["vocab_size"] <= SMALL_VOCABULARY else os.cpu_count() or 1
         threads.poll = 0
     parameters.verbosity = -1

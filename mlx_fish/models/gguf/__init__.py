@@ -1,1 +1,1 @@
-"""Read GGUF files: the container, the model in it, its tokenizer."""
+"""GGUF reading: the container, the model and the tokenizer."""

@@ -1,7 +1,7 @@
-"""A GGUF file seen as a Hugging Face model: config, tensor names and shapes. Knows the architectures qwen2 and llama.
+"""Read a GGUF file as a Hugging Face model: config, tensor names, shapes and values. Supports qwen2 and llama.
 
-llama.cpp's conventions are undone here: dimension order, tensor names, and for llama the order of the rows of q and k,
-which it stores for rotary pairs (0, 1) where Hugging Face pairs (0, n/2). Loads no framework.
+Converts llama.cpp's conventions to Hugging Face's: dimension order, tensor names, and for llama the order of
+the rows of q and k, where llama.cpp rotates the pairs (0, 1) and Hugging Face (0, n/2). Loads no framework.
 """
 
 import math
@@ -29,15 +29,20 @@ _BLOCK_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _EMBEDDINGS = ("token_embd.weight", "output.weight")
-_BASE_ENDS = ("<|endoftext|>", "<|end_of_text|>")
-_COMPARED_ROWS = 1024
-# Llama 3.1 and 3.2 scale the rotary base by frequency; GGUF keeps only the resulting factors.
+_END_OF_TEXT_TOKENS = ("<|endoftext|>", "<|end_of_text|>")
+_NUM_COMPARED_ROWS = 1024
+# Llama 3.1 and 3.2 scale each rotary frequency differently; GGUF stores only the resulting factors.
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a Hugging Face tensor comes from. `heads` is given when its rows lie in llama.cpp's rotary order."""
+class _TensorSource:
+    """The GGUF tensor behind a Hugging Face tensor.
+
+    Attributes:
+        shape: the shape of both.
+        heads: the number of heads if the rows are in llama.cpp's rotary order, else None.
+    """
 
     gguf_name: str
     shape: tuple[int, ...]
@@ -45,91 +50,103 @@ class _Place:
 
 
 class GgufModel:
-    """A causal language model in a GGUF file, read as if it were a Hugging Face folder.
+    """A causal language model in a GGUF file, with the config and tensors of a Hugging Face model.
 
     Raises:
-        FishError: an architecture or a feature that is not known here, or a tensor that is missing or in the way.
+        FishError: the architecture or a feature is not supported, or the file lacks a tensor or has an
+            unknown one.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.file = GgufFile(path)
-        self.architecture = self._text("general.architecture")
+        self.architecture = self._read_text("general.architecture")
         if self.architecture not in FAMILIES:
-            raise FishError(f"{path} holds the architecture {self.architecture}; mlx-fish reads {NAMES} from GGUF.")
+            raise FishError(
+                f"{path} has the architecture {self.architecture}; from GGUF, mlx-fish supports only {NAMES}."
+            )
         self.family = FAMILIES[self.architecture]
-        self._refuse_parts()
-        self.config = self._config()
-        self._places = self._find_places()
+        self._check_kind()
+        self.config = self._make_config()
+        self._sources = self._find_sources()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Hugging Face name -> shape, in the order of the model; a tied head is left out."""
-        return {name: place.shape for name, place in self._places.items()}
+        """Hugging Face tensor name -> shape, in model order, without a tied head."""
+        return {name: source.shape for name, source in self._sources.items()}
 
     @property
     def dtype(self) -> str:
-        """The float type in which most weights lie; bfloat16 when they are quantised."""
-        sizes: dict[str, int] = {}
+        """The dtype of most weights; bfloat16 if they are quantised."""
+        num_elements: dict[str, int] = {}
         for tensor in self.file.tensors.values():
-            sizes[tensor.type_name] = sizes.get(tensor.type_name, 0) + math.prod(tensor.shape)
-        most = max(sizes, key=lambda type_name: sizes[type_name])
-        return {"F32": "float32", "F16": "float16"}.get(most, "bfloat16")
+            num_elements[tensor.type_name] = num_elements.get(tensor.type_name, 0) + math.prod(tensor.shape)
+        dominant = max(num_elements, key=lambda type_name: num_elements[type_name])
+        return {"F32": "float32", "F16": "float16"}.get(dominant, "bfloat16")
 
     def read(self, name: str, *, rows: int | None = None) -> Float32:
-        """A tensor by its Hugging Face name, float32; only its first `rows` rows when given."""
-        place = self._places[name]
-        if place.heads is None:
-            return self.file.read(place.gguf_name, rows=rows)
-        return _to_half_rotation(self.file.read(place.gguf_name), place.heads)[:rows]
+        """Return a tensor by its Hugging Face name as float32, or only its first `rows` rows."""
+        source = self._sources[name]
+        if source.heads is None:
+            return self.file.read(source.gguf_name, rows=rows)
+        return _to_half_rotation(self.file.read(source.gguf_name), source.heads)[:rows]
 
     @property
     def chat_template(self) -> str | None:
+        """The Jinja chat template, if there is one."""
         template = self.file.metadata.get("tokenizer.chat_template")
         return template if isinstance(template, str) else None
 
     @property
     def generation_config(self) -> dict[str, Any]:
-        """The end tokens (the turn's and the text's) and the ids that go with them."""
-        found = {
+        """The contents of generation_config.json: the ids of the BOS, end and padding tokens."""
+        token_ids = {
             "bos_token_id": self.config["bos_token_id"],
             "eos_token_id": self.end_token_ids or None,
             "pad_token_id": self.file.metadata.get("tokenizer.ggml.padding_token_id"),
         }
-        return {key: value for key, value in found.items() if value is not None}
+        return {key: value for key, value in token_ids.items() if value is not None}
 
     @cached_property
     def end_token_ids(self) -> list[int]:
+        """The ids of the tokens that end generation: end of turn and end of text."""
         metadata = self.file.metadata
         ids = [metadata.get("tokenizer.ggml.eos_token_id"), metadata.get("tokenizer.ggml.eot_token_id")]
         tokens = metadata.get("tokenizer.ggml.tokens") or []
-        kinds = metadata.get("tokenizer.ggml.token_type") or []
-        ids += [i for i, kind in enumerate(kinds) if kind == 3 and i < len(tokens) and tokens[i] in _BASE_ENDS]
+        types = metadata.get("tokenizer.ggml.token_type") or []
+        ids += [i for i, kind in enumerate(types) if kind == 3 and i < len(tokens) and tokens[i] in _END_OF_TEXT_TOKENS]
         return list(dict.fromkeys(i for i in ids if isinstance(i, int)))
 
-    def _refuse_parts(self) -> None:
+    def _check_kind(self) -> None:
+        """Raise a FishError unless the file is a complete dense model."""
         metadata = self.file.metadata
         if metadata.get("general.type", "model") != "model":
-            raise FishError(f"{self.path} holds a {metadata['general.type']}; a GGUF with a whole model was expected.")
+            raise FishError(
+                f"{self.path} contains a {metadata['general.type']}; a GGUF file with a full model was expected."
+            )
         if metadata.get("split.count", 0) not in (0, 1):
             raise FishError(
-                f"{self.path} is one part of a split file; join them with `llama-gguf-split --merge` first."
+                f"{self.path} is one part of a split GGUF file; join the parts with `llama-gguf-split --merge` first."
             )
         if metadata.get(f"{self.architecture}.expert_count", 0) != 0:
-            raise FishError(f"{self.path} is a mixture of experts; mlx-fish reads dense models from GGUF.")
+            raise FishError(f"{self.path} is a mixture of experts; from GGUF, mlx-fish supports only dense models.")
 
-    def _config(self) -> dict[str, Any]:
-        hidden_size, heads = self._count("embedding_length"), self._count("attention.head_count")
-        kv_heads = self._count("attention.head_count_kv", heads)
-        head_dim = self._count("attention.key_length", hidden_size // heads)
-        tokens = self.file.tensors.get("token_embd.weight")
-        if heads % kv_heads or len(tokens.shape if tokens else ()) != 2:
-            raise FishError(f"{self.path} has no token embedding, or {heads} heads over {kv_heads}; fetch it again.")
-        if self._count("rope.dimension_count", head_dim) != head_dim:
+    def _make_config(self) -> dict[str, Any]:
+        """Return the Hugging Face config that corresponds to the metadata."""
+        hidden_size, heads = self._read_count("embedding_length"), self._read_count("attention.head_count")
+        kv_heads = self._read_count("attention.head_count_kv", heads)
+        head_dim = self._read_count("attention.key_length", hidden_size // heads)
+        embedding = self.file.tensors.get("token_embd.weight")
+        if heads % kv_heads or len(embedding.shape if embedding else ()) != 2:
             raise FishError(
-                f"{self.path} turns only a part of each head (rope.dimension_count); mlx-fish does not know that."
+                f"{self.path} has no token embedding, or {heads} heads are not a multiple of {kv_heads} key-value "
+                "heads; download it again."
             )
-        assert tokens is not None
+        if self._read_count("rope.dimension_count", head_dim) != head_dim:
+            raise FishError(
+                f"{self.path} uses partial rotary embeddings (rope.dimension_count), which mlx-fish does not support."
+            )
+        assert embedding is not None
         config: dict[str, Any] = {
             "architectures": [self.family.architecture],
             "model_type": self.architecture,
@@ -139,16 +156,16 @@ class GgufModel:
             "hidden_act": "silu",
             "hidden_size": hidden_size,
             "initializer_range": 0.02,
-            "intermediate_size": self._count("feed_forward_length"),
-            "max_position_embeddings": self._count("context_length"),
+            "intermediate_size": self._read_count("feed_forward_length"),
+            "max_position_embeddings": self._read_count("context_length"),
             "num_attention_heads": heads,
-            "num_hidden_layers": self._count("block_count"),
+            "num_hidden_layers": self._read_count("block_count"),
             "num_key_value_heads": kv_heads,
-            "rms_norm_eps": self._number("attention.layer_norm_rms_epsilon"),
-            "rope_theta": self._number("rope.freq_base", 10000.0),
+            "rms_norm_eps": self._read_float("attention.layer_norm_rms_epsilon"),
+            "rope_theta": self._read_float("rope.freq_base", 10000.0),
             "tie_word_embeddings": self._is_tied(),
             "use_cache": True,
-            "vocab_size": tokens.shape[0],
+            "vocab_size": embedding.shape[0],
         }
         if not self.family.qkv_bias:
             config["attention_bias"] = "blk.0.attn_output.bias" in self.file.tensors
@@ -163,27 +180,28 @@ class GgufModel:
             config["rope_scaling"] = scaling
         return config
 
-    def _find_places(self) -> dict[str, _Place]:
-        places = self._layout()
-        for place in places.values():
-            tensor = self.file.tensors.get(place.gguf_name)
+    def _find_sources(self) -> dict[str, _TensorSource]:
+        """Return Hugging Face name -> tensor source, checked against the tensors in the file."""
+        sources = self._expected_sources()
+        for source in sources.values():
+            tensor = self.file.tensors.get(source.gguf_name)
             if tensor is None:
-                raise FishError(f"{self.path} lacks the tensor {place.gguf_name}; fetch it again.")
-            if tensor.shape != place.shape:
+                raise FishError(f"{self.path} lacks the tensor {source.gguf_name}; download it again.")
+            if tensor.shape != source.shape:
                 raise FishError(
-                    f"{self.path}: {place.gguf_name} has the shape {tensor.shape}; {place.shape} was expected."
+                    f"{self.path}: {source.gguf_name} has the shape {tensor.shape}; {source.shape} was expected."
                 )
-        known = {place.gguf_name for place in places.values()} | {*_EMBEDDINGS, "rope_freqs.weight"}
+        known = {source.gguf_name for source in sources.values()} | {*_EMBEDDINGS, "rope_freqs.weight"}
         if unknown := [name for name in self.file.tensors if name not in known]:
             raise FishError(
-                f"{self.path} holds {unknown[0]}, which mlx-fish does not know in {self.architecture} models."
+                f"{self.path} contains {unknown[0]}, which mlx-fish does not support in {self.architecture} models."
             )
-        return places
+        return sources
 
-    def _layout(self) -> dict[str, _Place]:
-        """Every tensor that a model of this config has."""
+    def _expected_sources(self) -> dict[str, _TensorSource]:
+        """Return the sources of all tensors that a model with this config has."""
         config, permuted = self.config, self.family.gguf_rotary_pairs
-        hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+        hidden, intermediate, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
         heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
         head_dim = config.get("head_dim", hidden // heads)
         with_bias = {"attn_q", "attn_k", "attn_v"} if self.family.qkv_bias else set()
@@ -196,41 +214,42 @@ class GgufModel:
             "attn_v": ((kv_heads * head_dim, hidden), None),
             "attn_output": ((hidden, heads * head_dim), None),
             "ffn_norm": ((hidden,), None),
-            "ffn_gate": ((inner, hidden), None),
-            "ffn_up": ((inner, hidden), None),
-            "ffn_down": ((hidden, inner), None),
+            "ffn_gate": ((intermediate, hidden), None),
+            "ffn_up": ((intermediate, hidden), None),
+            "ffn_down": ((hidden, intermediate), None),
         }
-        places = {"model.embed_tokens.weight": _Place(self._embedding(), (vocab, hidden))}
+        sources = {"model.embed_tokens.weight": _TensorSource(self._embedding_name(), (vocab, hidden))}
         for layer in range(config["num_hidden_layers"]):
             for part, (shape, rotary_heads) in parts.items():
                 name, gguf_name = f"model.layers.{layer}.{_BLOCK_NAMES[part]}", f"blk.{layer}.{part}"
-                places[f"{name}.weight"] = _Place(f"{gguf_name}.weight", shape, rotary_heads)
+                sources[f"{name}.weight"] = _TensorSource(f"{gguf_name}.weight", shape, rotary_heads)
                 if part in with_bias:
-                    places[f"{name}.bias"] = _Place(f"{gguf_name}.bias", shape[:1], rotary_heads)
-        places["model.norm.weight"] = _Place("output_norm.weight", (hidden,))
+                    sources[f"{name}.bias"] = _TensorSource(f"{gguf_name}.bias", shape[:1], rotary_heads)
+        sources["model.norm.weight"] = _TensorSource("output_norm.weight", (hidden,))
         if not config["tie_word_embeddings"]:
-            places["lm_head.weight"] = _Place("output.weight", (vocab, hidden))
-        return places
+            sources["lm_head.weight"] = _TensorSource("output.weight", (vocab, hidden))
+        return sources
 
     @cached_property
-    def _tied_copies(self) -> bool:
-        """Whether the head is the embedding once more, quantised differently.
+    def _head_equals_embedding(self) -> bool:
+        """Whether the stored head is a copy of the embedding, possibly quantised differently.
 
-        Rounding to b bits changes a weight by about 2^(1-b) of the tensor's size; twice that is allowed, while the head of
-        an untied model has nothing in common with its embedding.
+        Compares the relative RMS difference of the two. Rounding to b bits changes a weight by about 2^(1-b)
+        relative to the tensor's RMS, and twice that is allowed. The head of an untied model is unrelated to
+        its embedding.
         """
         embedding, head = (self.file.tensors[name] for name in _EMBEDDINGS)
         if head.shape != embedding.shape:
             return False
-        a, b = (self.file.read(name, rows=_COMPARED_ROWS) for name in _EMBEDDINGS)
+        a, b = (self.file.read(name, rows=_NUM_COMPARED_ROWS) for name in _EMBEDDINGS)
         difference = math.sqrt(float(np.mean((a - b) ** 2)) / max(float(np.mean(a**2)), 1e-30))
         return difference < 1e-4 + 2 * sum(2 ** (1 - tensor.bits_per_weight) for tensor in (head, embedding))
 
     def _is_tied(self) -> bool:
-        return "output.weight" not in self.file.tensors or self._tied_copies
+        return "output.weight" not in self.file.tensors or self._head_equals_embedding
 
-    def _embedding(self) -> str:
-        """The better of two copies of a tied embedding."""
+    def _embedding_name(self) -> str:
+        """Return the GGUF name of the embedding; of the more precise copy if a tied model stores two."""
         tensors = self.file.tensors
         if "output.weight" in tensors and self._is_tied():
             return max(_EMBEDDINGS, key=lambda name: tensors[name].bits_per_weight)
@@ -238,64 +257,83 @@ class GgufModel:
 
     def _rope_scaling(self, head_dim: int, theta: float) -> dict[str, Any] | None:
         metadata, prefix = self.file.metadata, f"{self.architecture}.rope."
-        kind = metadata.get(f"{prefix}scaling.type", "linear" if f"{prefix}scale_linear" in metadata else "none")
-        factor = self._number("rope.scaling.factor", metadata.get(f"{prefix}scale_linear", 1.0))
+        scaling_type = metadata.get(
+            f"{prefix}scaling.type", "linear" if f"{prefix}scale_linear" in metadata else "none"
+        )
+        factor = self._read_float("rope.scaling.factor", metadata.get(f"{prefix}scale_linear", 1.0))
         if "rope_freqs.weight" in self.file.tensors:
             return self._llama3_scaling(head_dim, theta)
-        if kind == "linear" and factor != 1.0:
+        if scaling_type == "linear" and factor != 1.0:
             return {"rope_type": "linear", "type": "linear", "factor": factor}
-        if kind not in ("none", "linear"):
+        if scaling_type not in ("none", "linear"):
             raise FishError(
-                f"{self.path} uses the rope scaling {kind}; mlx-fish reads none, linear and llama3 from GGUF."
+                f"{self.path} uses the RoPE scaling {scaling_type}; from GGUF, mlx-fish supports only none, linear "
+                "and llama3."
             )
         return None
 
     def _llama3_scaling(self, head_dim: int, theta: float) -> dict[str, Any]:
-        found = self.file.read("rope_freqs.weight")
-        factor = float(found.max())
-        if found.shape != (head_dim // 2,) or not np.allclose(
-            found, llama3_factors(head_dim, theta, factor), rtol=1e-3
+        """Return the `rope_scaling` config of Llama 3 that produces the stored factors."""
+        stored_factors = self.file.read("rope_freqs.weight")
+        factor = float(stored_factors.max())
+        if stored_factors.shape != (head_dim // 2,) or not np.allclose(
+            stored_factors, llama3_factors(head_dim, theta, factor), rtol=1e-3
         ):
             raise FishError(
-                f"{self.path} scales its rotary frequencies (rope_freqs) in a way that mlx-fish does not know."
+                f"{self.path} scales its rotary frequencies (rope_freqs) in a way that mlx-fish does not support."
             )
         return {"rope_type": "llama3", "factor": factor, **_LLAMA3_ROPE}
 
-    def _text(self, key: str) -> str:
+    def _read_text(self, key: str) -> str:
         value = self.file.metadata.get(key)
         if not isinstance(value, str):
-            raise FishError(f"{self.path} does not say {key}; fetch it again.")
+            raise FishError(f"{self.path} lacks the metadata {key}; download it again.")
         return value
 
-    def _count(self, key: str, default: int | None = None) -> int:
+    def _read_count(self, key: str, default: int | None = None) -> int:
+        """Return a positive integer of this architecture; a list of equal values, one per layer, is one value."""
         value = self.file.metadata.get(f"{self.architecture}.{key}", default)
-        if isinstance(value, list) and len(set(value)) == 1:  # one value a layer
+        if isinstance(value, list) and len(set(value)) == 1:
             value = value[0]
         if isinstance(value, list):
             raise FishError(
-                f"{self.path}: {self.architecture}.{key} differs between layers; mlx-fish reads equal layers."
+                f"{self.path}: {self.architecture}.{key} differs between layers, which mlx-fish does not support."
             )
         if not isinstance(value, int) or value <= 0:
             raise FishError(f"{self.path}: {self.architecture}.{key} is {value}; a positive number was expected.")
         return value
 
-    def _number(self, key: str, default: float | None = None) -> float:
+    def _read_float(self, key: str, default: float | None = None) -> float:
+        """Return a positive finite number of this architecture."""
         value = self.file.metadata.get(f"{self.architecture}.{key}", default)
         if not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
             raise FishError(f"{self.path}: {self.architecture}.{key} is {value}; a positive number was expected.")
-        return float(str(np.float32(value)))  # the shortest decimal: 1e-06, which a float32 makes 9.99999997e-07
+        return float(str(np.float32(value)))  # the shortest decimal: 1e-06 instead of the float32's 9.99999997e-07
 
 
 def llama3_factors(head_dim: int, theta: float, factor: float) -> Float32:
-    """What llama.cpp stores as `rope_freqs`: the number by which each rotary frequency is divided, (head_dim / 2,)."""
+    """Return the divisors of the rotary frequencies in Llama 3's RoPE scaling, (head_dim / 2,).
+
+    llama.cpp stores them as `rope_freqs`.
+
+    Args:
+        theta: the RoPE base.
+        factor: the largest divisor, which applies to low frequencies.
+    """
     frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    turns = _LLAMA3_ROPE["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    num_rotations = _LLAMA3_ROPE["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     low, high = _LLAMA3_ROPE["low_freq_factor"], _LLAMA3_ROPE["high_freq_factor"]
-    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    smooth = np.clip((num_rotations - low) / (high - low), 0.0, 1.0)
     return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
 
 
 def _to_half_rotation(array: Float32, heads: int) -> Float32:
-    """Rows of q or k from llama.cpp's order (a pair side by side) to Hugging Face's (a pair half a head apart)."""
+    """Reorder the rows of q or k from llama.cpp's rotary order to Hugging Face's.
+
+    llama.cpp stores the two rows of a rotary pair next to each other, Hugging Face half a head apart.
+
+    Args:
+        array: (heads * head_dim, in) or (heads * head_dim,).
+    """
     half = array.shape[0] // heads // 2
     return np.ascontiguousarray(array.reshape(heads, half, 2, -1).swapaxes(1, 2)).reshape(array.shape)

@@ -1,7 +1,8 @@
-"""The tokenizer inside a GGUF file, written as Hugging Face's tokenizer.json.
+"""Convert the tokenizer of a GGUF file to Hugging Face's tokenizer.json.
 
-Built with the `tokenizers` library alone: transformers can do this too, but only where torch is installed. Knows the two
-kinds that qwen2 and llama models use: byte-level BPE (`gpt2`) and SentencePiece BPE with byte fallback (`llama`).
+Uses only the `tokenizers` library; transformers can do this too, but only with torch installed. Supports the
+two kinds that qwen2 and llama models use: byte-level BPE (`gpt2`) and SentencePiece BPE with byte fallback
+(`llama`).
 """
 
 from pathlib import Path
@@ -17,7 +18,7 @@ _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # tokenizer.ggml.token_type
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
-# tokenizer.ggml.pre -> how text is cut before the merges; None: GPT-2's own rule.
+# tokenizer.ggml.pre -> regular expression that splits the text before BPE; None: GPT-2's own.
 PRE_TOKENIZERS = {
     "qwen2": _CONTRACTIONS + r"\p{N}" + _TAIL,
     "deepseek-r1-qwen": _CONTRACTIONS + r"\p{N}" + _TAIL,
@@ -29,32 +30,34 @@ _SPACE = "\u2581"  # SentencePiece's visible space
 
 
 def write_tokenizer(metadata: dict[str, Any], folder: Path, *, source: Path) -> None:
-    """Write tokenizer.json, tokenizer_config.json and the chat template (in both places) into `folder`.
+    """Write tokenizer.json, tokenizer_config.json and the chat template to `folder`.
+
+    The chat template is written to both tokenizer_config.json and chat_template.jinja.
 
     Args:
-        metadata: the GGUF file's.
-        source: the GGUF file, for messages.
+        metadata: the metadata of the GGUF file.
+        source: the path of the GGUF file, for error messages.
 
     Raises:
-        FishError: no tokenizer, or one of a kind that is not known here.
+        FishError: the file has no tokenizer, or one that is damaged or not supported.
     """
-    tokens = _tokens(metadata, source)
+    tokens = _read_vocabulary(metadata, source)
     kind = metadata.get("tokenizer.ggml.model")
     if kind == "gpt2":
         tokenizer = _byte_level(metadata, tokens, source)
     elif kind == "llama":
         tokenizer = _sentencepiece(metadata, tokens, source)
     else:
-        raise FishError(f"{source} holds a tokenizer of the kind {kind}; gpt2 or llama was expected.")
-    special = _special_tokens(metadata, tokens)
-    _add_marked_tokens(tokenizer, metadata, tokens)
-    add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", kind == "llama")) and "bos_token" in special
+        raise FishError(f"{source} has a tokenizer of the kind {kind}; gpt2 or llama was expected.")
+    special_tokens = _special_tokens(metadata, tokens)
+    _add_special_tokens(tokenizer, metadata, tokens)
+    add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", kind == "llama")) and "bos_token" in special_tokens
     if add_bos:
-        _begin_with(tokenizer, special["bos_token"])
+        _prepend_bos(tokenizer, special_tokens["bos_token"])
     tokenizer.save(str(folder / "tokenizer.json"))
     config: dict[str, Any] = {
-        "tokenizer_class": "Qwen2Tokenizer" if _pre(metadata) == "qwen2" else "PreTrainedTokenizerFast",
-        **special,
+        "tokenizer_class": "Qwen2Tokenizer" if _pre_tokenizer_name(metadata) == "qwen2" else "PreTrainedTokenizerFast",
+        **special_tokens,
         "add_bos_token": add_bos,
         "clean_up_tokenization_spaces": False,
         "model_max_length": metadata.get(f"{metadata.get('general.architecture')}.context_length"),
@@ -66,45 +69,51 @@ def write_tokenizer(metadata: dict[str, Any], folder: Path, *, source: Path) -> 
     write_json(folder / "tokenizer_config.json", config)
 
 
-def _tokens(metadata: dict[str, Any], source: Path) -> list[str]:
-    """The vocabulary without the unused entries that llama.cpp's converter pads it with."""
+def _read_vocabulary(metadata: dict[str, Any], source: Path) -> list[str]:
+    """Return the tokens in id order, without the unused entries that llama.cpp's converter pads with."""
     tokens = metadata.get("tokenizer.ggml.tokens")
-    kinds = metadata.get("tokenizer.ggml.token_type", [])
+    token_types = metadata.get("tokenizer.ggml.token_type", [])
     if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], str):
-        raise FishError(f"{source} has no tokenizer (tokenizer.ggml.tokens); use a GGUF with its vocabulary.")
+        raise FishError(f"{source} has no tokenizer (tokenizer.ggml.tokens); use a GGUF file with a vocabulary.")
     end = len(tokens)
-    while 0 < end <= len(kinds) and kinds[end - 1] == _UNUSED:
+    while 0 < end <= len(token_types) and token_types[end - 1] == _UNUSED:
         end -= 1
     return tokens[:end]
 
 
-def _pre(metadata: dict[str, Any]) -> Any:
+def _pre_tokenizer_name(metadata: dict[str, Any]) -> Any:
     return metadata.get("tokenizer.ggml.pre", "default")
 
 
 def _byte_level(metadata: dict[str, Any], tokens: list[str], source: Path) -> "Tokenizer":
+    """Build a byte-level BPE tokenizer."""
     from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
     from tokenizers.models import BPE
 
-    pre = _pre(metadata)
-    if pre not in PRE_TOKENIZERS:
-        raise FishError(f"{source} cuts text by the rule {pre}; mlx-fish knows {', '.join(PRE_TOKENIZERS)}.")
+    pre_name = _pre_tokenizer_name(metadata)
+    if pre_name not in PRE_TOKENIZERS:
+        raise FishError(
+            f"{source} uses the pre-tokenizer {pre_name}; mlx-fish supports only {', '.join(PRE_TOKENIZERS)}."
+        )
     merges = [tuple(merge.split(" ")) for merge in metadata.get("tokenizer.ggml.merges", [])]
-    split = PRE_TOKENIZERS[pre]
+    pattern = PRE_TOKENIZERS[pre_name]
     try:
-        # Llama 3 looks whole words up before it merges; the others' words are all reachable by merges.
-        model = BPE(vocab=_ids(tokens), merges=merges, fuse_unk=False, ignore_merges=pre in _LLAMA3)
+        # Llama 3 looks up whole words before applying merges; in the other vocabularies, merges produce every
+        # word.
+        model = BPE(vocab=_token_ids(tokens), merges=merges, fuse_unk=False, ignore_merges=pre_name in _LLAMA3)
     except Exception as error:  # the library raises plain Exceptions
-        raise FishError(f"{source} holds a vocabulary and merges that do not fit ({error}); fetch it again.") from error
+        raise FishError(
+            f"{source} has merges that do not match its vocabulary ({error}); download it again."
+        ) from error
     tokenizer = Tokenizer(model)
-    if pre == "qwen2":
+    if pre_name == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
-    if split is None:
+    if pattern is None:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(Regex(split), behavior="isolated"),
+                pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
@@ -113,9 +122,10 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str], source: Path) -> "T
 
 
 def _sentencepiece(metadata: dict[str, Any], tokens: list[str], source: Path) -> "Tokenizer":
-    """SentencePiece BPE: merges are not stored, but follow from the scores of the pieces.
+    """Build a SentencePiece BPE tokenizer.
 
-    The leading space goes before every piece of text between special tokens, as in llama.cpp.
+    GGUF stores no merges for it; they are derived from the scores of the pieces. As in llama.cpp, a leading
+    space is added to every text segment between special tokens.
     """
     from tokenizers import Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
@@ -123,54 +133,56 @@ def _sentencepiece(metadata: dict[str, Any], tokens: list[str], source: Path) ->
     scores = metadata.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) < len(tokens):
         raise FishError(f"{source} has a SentencePiece vocabulary without scores; fetch it again.")
-    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
-    unknown_token = tokens[unknown] if isinstance(unknown, int) and unknown < len(tokens) else None
-    ids = _ids(tokens)
+    unknown_id = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    unknown_token = tokens[unknown_id] if isinstance(unknown_id, int) and unknown_id < len(tokens) else None
+    ids = _token_ids(tokens)
     merges = _merges_from_scores(ids, dict(zip(tokens, scores, strict=False)))
     tokenizer = Tokenizer(BPE(vocab=ids, merges=merges, unk_token=unknown_token, fuse_unk=True, byte_fallback=True))
-    prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-    steps: list[Any] = [normalizers.Prepend(_SPACE)] if prefix else []
-    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
-    undo: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence([*undo, decoders.Strip(" ", 1, 0)] if prefix else undo)
+    add_prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    prepend: list[Any] = [normalizers.Prepend(_SPACE)] if add_prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", _SPACE)])
+    decoder_steps: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*decoder_steps, decoders.Strip(" ", 1, 0)] if add_prefix else decoder_steps)
     return tokenizer
 
 
 def _merges_from_scores(ids: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Every cut of a piece into two pieces, best piece first."""
-    found = []
+    """Return all merges of two pieces into a third, ordered by the score of the result, best first."""
+    merges = []
     for piece in ids:
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
+        for split in range(1, len(piece)):
+            left, right = piece[:split], piece[split:]
             if left in ids and right in ids:
-                found.append((-scores[piece], ids[left], ids[right], left, right))
-    return [(left, right) for *_, left, right in sorted(found)]
+                merges.append((-scores[piece], ids[left], ids[right], left, right))
+    return [(left, right) for *_, left, right in sorted(merges)]
 
 
-def _ids(tokens: list[str]) -> dict[str, int]:
+def _token_ids(tokens: list[str]) -> dict[str, int]:
     return {token: index for index, token in enumerate(tokens)}
 
 
 def _special_tokens(metadata: dict[str, Any], tokens: list[str]) -> dict[str, str]:
+    """Return the special tokens by their name in tokenizer_config.json, such as `bos_token`."""
     names = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
     ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
     return {name: tokens[i] for name, i in ids.items() if isinstance(i, int) and i < len(tokens)}
 
 
-def _add_marked_tokens(tokenizer: "Tokenizer", metadata: dict[str, Any], tokens: list[str]) -> None:
-    """Tokens that stay whole wherever they stand: control tokens, and those the user defined."""
+def _add_special_tokens(tokenizer: "Tokenizer", metadata: dict[str, Any], tokens: list[str]) -> None:
+    """Add control and user-defined tokens, which are never split."""
     from tokenizers import AddedToken
 
-    kinds = metadata.get("tokenizer.ggml.token_type", [])
-    marked = [
-        AddedToken(token, normalized=False, special=kind == _CONTROL)
-        for token, kind in zip(tokens, kinds, strict=False)
-        if kind in (_CONTROL, _USER_DEFINED)
+    token_types = metadata.get("tokenizer.ggml.token_type", [])
+    added_tokens = [
+        AddedToken(token, normalized=False, special=token_type == _CONTROL)
+        for token, token_type in zip(tokens, token_types, strict=False)
+        if token_type in (_CONTROL, _USER_DEFINED)
     ]
-    tokenizer.add_tokens(marked)
+    tokenizer.add_tokens(added_tokens)
 
 
-def _begin_with(tokenizer: "Tokenizer", bos: str) -> None:
+def _prepend_bos(tokenizer: "Tokenizer", bos: str) -> None:
+    """Make the tokenizer add BOS to every text."""
     from tokenizers.processors import TemplateProcessing
 
     tokenizer.post_processor = TemplateProcessing(
