@@ -274,19 +274,18 @@ def readme(
 ) -> str:
     return f"""# The tiny model
 
-**A toy. Its advice is worthless: never treat a fish by it.** It exists so that the demo, the tests and a first try without
-a network have a real model in a few megabytes (`--model tiny`). It writes text that sounds like fish keeping, and that is all.
+**A toy. Its advice is worthless: never treat a fish based on it.** It gives the demo, the tests and a first try without a
+network a real model of a few megabytes (`--model tiny`). It writes text that sounds like fish keeping, nothing more.
 
-- Architecture: Qwen2, {num_parameters(model):,} parameters ({LAYERS} layers, hidden {HIDDEN}, {HEADS} heads, {KV_HEADS} key-value heads,
-  tied embedding), stored in bfloat16. Tokenizer: its own byte-level BPE of {VOCAB_SIZE} tokens with Qwen2's splitting rule; ChatML.
-- Data: {len(parts["taught"])} of the training rows of `data/fish_care_dataset.jsonl`, as they are and with
-  their sentences mixed, and nothing else. The other {len(parts["untaught"])} are left for fine-tuning to teach; the
-  {len(parts["valid"])} validation and {len(parts["test"])} test rows were not trained on.
-- Training: {steps} updates of {BATCH} x {LENGTH} tokens, AdamW, {seconds:.0f} s on two CPU cores. Loss on answers (nats a token; a uniform guess
-  has {math.log(VOCAB_SIZE):.2f}): rows taught {losses["taught"]:.2f}, left out {losses["untaught"]:.2f}, valid {losses["valid"]:.2f}, test {losses["test"]:.2f}.
-  What it was taught it knows nearly by heart; of everything else it is sure and wrong, and fine-tuning mends part of that.
-- Made by `python tools/make_tiny_model.py`; make it anew when the data change.
-- Licence: MIT, as the project.
+- Architecture: Qwen2, {num_parameters(model):,} parameters ({LAYERS} layers, hidden size {HIDDEN}, {HEADS} heads, {KV_HEADS} key-value heads, tied embedding), stored in
+  bfloat16. Tokenizer: a byte-level BPE of {VOCAB_SIZE} tokens with Qwen2's splitting rule. Chat template: ChatML.
+- Data: {len(parts["taught"])} of the training rows of `data/fish_care_dataset.jsonl`, both unchanged and with their sentences mixed. The other {len(parts["untaught"])}
+  are left for fine-tuning; the {len(parts["valid"])} validation and {len(parts["test"])} test rows were not trained on.
+- Training: {steps} updates of {BATCH} x {LENGTH} tokens, AdamW, {seconds:.0f} s on two CPU cores. Loss on answers (nats per token; a uniform guess has
+  {math.log(VOCAB_SIZE):.2f}): trained rows {losses["taught"]:.2f}, held-out rows {losses["untaught"]:.2f}, valid {losses["valid"]:.2f}, test {losses["test"]:.2f}. The model has nearly memorised the rows it was trained on.
+  On everything else it is confident and wrong, and fine-tuning corrects part of that.
+- Made by `python tools/make_tiny_model.py`; rerun it when the data changes.
+- Licence: MIT, like the project.
 """
 
 

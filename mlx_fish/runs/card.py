@@ -37,8 +37,8 @@ _SETTINGS = (
 _LIMITS = """\
 ## Limits
 
-This is a small model, and its answers can be wrong, however sure they sound. The model knows nothing that happened after its
-base model was trained, except what stood in the training rows.{en}
+This is a small model. Its answers can be wrong, however confident they sound. It knows nothing that happened after its base model
+was trained, except what the training rows contain.{en}
 
 ## 中文说明
 

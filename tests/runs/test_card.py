@@ -70,7 +70,7 @@ def test_what_was_trained_is_told() -> None:
 
 def test_limits_stand_in_every_card() -> None:
     for card in (adapter_card(HUB), fused_card(HUB, dtype="float32")):
-        assert "its answers can be wrong" in card
+        assert "Its answers can be wrong" in card
         assert "可能有误" in card
         assert card.endswith("\n") and "\n\n\n" not in card
 
